@@ -214,8 +214,8 @@ class RunArguments:
         "auto",
         "Tokens of a packed micro batch. It cuts a step, whose size -b, --gradient_accumulation_steps and "
         "--global_batch_size say.\n"
-        "auto: the fastest that fits the card, whatever is free; as -b on the CPU, and with --sharding fsdp "
-        "or zero3\n"
+        "auto: the fastest up to 16,384 that fits the card, whatever is free; as -b on the CPU, and with "
+        "--sharding fsdp or zero3\n"
         "N: at most so many",
     )
     checkpointing: Literal["auto", "none", "selective", "full", "offload"] = setting(

@@ -47,6 +47,7 @@ class _Lookout:
     def __init__(self) -> None:
         self.members: list[dict[str, Any]] = []
         self.patience = _GONE_SECONDS
+        self.stepped = False
         self.finish: Callable[[], None] = lambda: None
         self._name = ""
         self._store: Any = None
@@ -156,7 +157,7 @@ class _Lookout:
 
     def _lost(self) -> list[int]:
         """The ranks that are gone before the first step; later a collective shows it."""
-        if self._lines is None or self.patience != _GONE_SECONDS or self._ended.is_set():
+        if self._lines is None or self.stepped or self._ended.is_set():
             return []
         gone = self._lines.lost()
         self._lost_since = (self._lost_since or time.monotonic()) if gone else None
@@ -271,6 +272,11 @@ def training_begins(finish: Callable[[], None], *, patience_seconds: float) -> N
     """
     _lookout.finish = finish
     _lookout.patience = patience_seconds + _GONE_SECONDS if patience_seconds else math.inf
+
+
+def has_stepped() -> None:
+    """The first step is done: from here on ranks wait for each other in collectives alone."""
+    _lookout.stepped = True
 
 
 def named(rank_indexes: Iterable[int]) -> str:

@@ -142,6 +142,7 @@ class Step:
             found, undo_draws = None, devices.undo_draws_since(self._device)
             with contextlib.suppress(torch.OutOfMemoryError):
                 found = accumulate(share, can_split=False)
+            self._at(share.step + 1, 2, "waiting for the others")
             without = [rank for rank, fits in enumerate(agreement.met_by_all(found is not None)) if not fits]
             if found is not None and not without:
                 return found
@@ -149,6 +150,7 @@ class Step:
             undo_draws()
             devices.free_memory()
             smaller = shrink(without)
+            self._at(share.step + 1, 1, "computing")
             if smaller is None:  # the smallest may still be split
                 break
             share = smaller

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections import Counter
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from falcon_qlora.methods.interface import method_of
 from falcon_qlora.models.fast_path import reason_left_alone, runs_fast
 from falcon_qlora.processes import agreement, devices, ranks
 from falcon_qlora.training.estimate import micro_batches_of, step_of
+from falcon_qlora.training.rows import global_batch
 
 if TYPE_CHECKING:
     from falcon_qlora.data.batches import TrainingSteps
@@ -132,8 +134,12 @@ def _keep_fp8_weights(model: Any, step: Step, blocks: list[Checkpointing], free_
     if not needed or set(blocks) != {"none"} or not step.fits(blocks, free_bytes, beside=needed):
         drop_fp8_weights(model)
         return False
-    keep_fp8_weights(model)
-    return True
+    with contextlib.suppress(torch.OutOfMemoryError):  # where others use the GPU too
+        keep_fp8_weights(model)
+        return True
+    drop_fp8_weights(model)
+    devices.free_memory()
+    return False
 
 
 def _step(
@@ -143,7 +149,9 @@ def _step(
     from falcon_qlora.models.sharded import is_sharded, local_count
 
     processes = ranks.world_size()
-    tokens = run.per_device_train_batch_size * max_length if cut is None else cut.tokens
+    tokens = run.per_device_train_batch_size * max_length
+    if cut is not None:
+        tokens = min(cut.tokens, math.ceil(global_batch(run, processes) / processes) * max_length)
     return step_of(
         model.config,
         method_of(model),

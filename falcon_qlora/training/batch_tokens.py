@@ -70,6 +70,7 @@ class Cutter:
         notes: what a user should know of it.
         may_shrink: whether the first step may take a smaller one.
         without: ranks whose memory has run out, until that is told.
+        as_before: see `_Wanted`.
         activations: what `keep` chose.
     """
 
@@ -77,6 +78,7 @@ class Cutter:
     notes: list[str] = field(default_factory=list)
     may_shrink: bool = False
     without: list[int] = field(default_factory=list)
+    as_before: bool = False
     activations: Activations = field(init=False)
     _estimator: Estimator | None = None
     _card: Card | None = None
@@ -123,6 +125,7 @@ class Cutter:
             "checkpointing": None if self.cut.found is None else self.cut.found.checkpointing,
             "card_gib": None if self._card is None else self._card.gib,
             "gib": self.cut.gib,
+            "as_before": self.as_before,
         }
 
 
@@ -164,9 +167,12 @@ def choose(
         tokens = wanted.tokens or of_b(configuration)
         count = micro_batches_of(run, tokens=tokens, max_length=data.max_length, processes=processes)
         why = wanted.why if wanted.tokens else as_b or ""
-        return Cutter(cut=Cut(tokens=tokens, micro_batches=count, why=why), notes=wanted.notes)
+        cut = Cut(tokens=tokens, micro_batches=count, why=why)
+        return Cutter(cut=cut, notes=wanted.notes, as_before=wanted.as_before)
     rows = of_rows(configuration, plan) if plan is not None else {}
-    estimator = Estimator(configuration, config, processes=processes, reference=reference, **rows)
+    estimator = Estimator(
+        configuration, config, processes=processes, reference=reference, stays_whole=True, **rows
+    )
     gib = wanted.gib if wanted.card_gib == card.gib else None
     found = decide(estimator, card, tokens=wanted.tokens, gib=gib)
     if wanted.kept and given(run) is None and wanted.card_gib != card.gib and not found.has_room:
@@ -180,7 +186,7 @@ def choose(
     return Cutter(
         cut=_decided(found, wanted.why if wanted.tokens else "auto: the fastest that fits", gib=gib),
         notes=wanted.notes,
-        may_shrink=not wanted.kept,
+        may_shrink=True,
         _estimator=estimator,
         _card=card,
         _fixed=wanted.tokens,
@@ -230,7 +236,8 @@ def _of_resumed(configuration: Configuration, checkpoint: str) -> _Wanted:
     before, cut = recorded_cut(checkpoint)
     same = before.get("batch_tokens") == run.batch_tokens
     same &= before.get("per_device_train_batch_size") == run.per_device_train_batch_size
-    if cut is not None and same:
+    as_before = cut is not None and cut.pop("as_before")
+    if cut is not None and same and not as_before:
         return _Wanted(kept=True, why="as the run began", **cut)
     by_flag = configuration.explicit.get("batch_tokens") == "flag"
     if named is None and not by_flag and before.get("batch_tokens", "auto") == "auto":

@@ -17,6 +17,8 @@ from falcon_qlora.training.rows import global_batch
 
 # Speeds so close are one: then the cut that takes less memory is better.
 _TIE = 0.01
+# The largest micro-batches whose speed was measured: larger ones were hardly faster where memory let them be.
+MOST_TOKENS = 16384
 
 
 def given(run: RunArguments) -> int | None:
@@ -54,7 +56,8 @@ def decide(
     )
     batch = global_batch(estimator.configuration.run, estimator.processes)
     length = estimator.configuration.data.max_length
-    cuts = [count * length for count in candidates(math.ceil(batch / estimator.processes))]
+    counts = candidates(math.ceil(batch / estimator.processes))
+    cuts = [count * length for count in counts if count * length <= MOST_TOKENS] or [counts[0] * length]
     found = [estimator.on(known, tokens=cut) for cut in cuts]
     fitting = [each for each in found if each.has_room]
     if fitting:

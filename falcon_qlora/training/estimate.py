@@ -192,6 +192,7 @@ class Estimator:
         document_tokens: of the document that a token is in, on average.
         real_share: of the positions that are computed, those that are no padding.
         reference: why the blocks run on the reference path here, where the settings would have the fast one.
+        stays_whole: the model is there, and is not sharded, whatever else is asked of smaller cards.
 
     Raises:
         UserError: for settings that training would refuse.
@@ -206,12 +207,13 @@ class Estimator:
         document_tokens: float = 512,
         real_share: float = 1.0,
         reference: str | None = None,
+        stays_whole: bool = False,
     ):
         self.configuration, self.config, self.processes = configuration, config, processes
         self.document_tokens = min(document_tokens, configuration.data.max_length)
         self.real_share = real_share
         settings, method = configuration.model, configuration.method
-        self._reference = reference
+        self._reference, self._stays_whole = reference, stays_whole
         self.in_fp8 = settings.compute_dtype == "fp8"
         excluded = fp8_excludes(kernels=settings.kernels, **method.fp8_facts()) if self.in_fp8 else None
         if self.in_fp8 and (excluded := excluded or self.reason_on(None)):
@@ -359,6 +361,8 @@ class Estimator:
     def _is_sharded(self, card: Card | None, value_bytes: int) -> bool:
         """Whether full fine-tuning shards its model."""
         wanted, whole = self.configuration.run.sharding, self.configuration.method.is_whole
+        if self._stays_whole:
+            return False
         if wanted != "auto" or not whole or self.processes == 1 or card is None:
             return wanted == "fsdp" and whole
         return sharding.replica_is_too_large(self.config, self.optim, value_bytes, card.gib * GIB)

@@ -251,7 +251,8 @@ def recorded_cut(checkpoint: str) -> tuple[dict[str, Any], dict[str, Any] | None
     """The recorded settings of a run to resume, and how its steps were cut: see `Cutter.record`.
 
     Returns:
-        The settings, none of an older release; and ``tokens``, ``card_gib`` and ``gib``, or None likewise.
+        The settings, none of an older release; and ``tokens``, ``card_gib``, ``gib`` and ``as_before``, or
+        None likewise.
 
     Raises:
         UserError: if the record is not what training wrote.
@@ -263,7 +264,8 @@ def recorded_cut(checkpoint: str) -> tuple[dict[str, Any], dict[str, Any] | None
     sizes = [cut.get("card_gib"), cut.get("gib")] if isinstance(cut, dict) else [""]
     if not all(isinstance(size, float | None) for size in sizes) or not is_count(cut.get("tokens"), least=2):
         raise _not_what_training_wrote(Path(checkpoint), "cut", cut)
-    return record.get("settings") or {}, {name: cut.get(name) for name in ("tokens", "card_gib", "gib")}
+    known = {name: cut.get(name) for name in ("tokens", "card_gib", "gib")}
+    return record.get("settings") or {}, known | {"as_before": cut.get("as_before") is True}
 
 
 def _decisive_of_method(configuration: Configuration) -> list[str]:

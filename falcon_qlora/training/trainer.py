@@ -245,7 +245,10 @@ class FalconTrainer(SFTTrainer):
 
     def as_cut(self, share: Share) -> Share:
         """The share in the micro-batches of now; those of before may have been read ahead."""
-        return recut(share, self.cutter.cut.tokens) if self._was_cut_anew else share
+        if not self._was_cut_anew:
+            return share
+        cut = recut(share, self.cutter.cut.tokens)
+        return cut.pin_memory() if share.micro_batches[0].input_ids.is_pinned() else cut
 
     def shrink(self, without: list[int]) -> bool:
         """Have all processes take the next smaller cut; False: there is none. All call this alike.
@@ -253,9 +256,10 @@ class FalconTrainer(SFTTrainer):
         Args:
             without: ranks whose memory has run out.
         """
+        before = self.cutter.cut.tokens
         if not self.cutter.smaller(without):
             return False
-        self._was_cut_anew = True
+        self._was_cut_anew |= self.cutter.cut.tokens != before
         self.steps.dealing = replace(self.steps.dealing, tokens=self.cutter.cut.tokens)
         self.checkpointer.record["cut"] = self.cutter.record()
         return True
@@ -328,6 +332,7 @@ class FalconTrainer(SFTTrainer):
         if failed:
             self.settle()
         if self.state.global_step == self._began_at + 1:
+            lookout.has_stepped()
             self.checkpointer.reserve(self.model, self.optimizer)
 
     def end_if_asked(self) -> None:

@@ -111,6 +111,7 @@ def row(seen: Seen, words: list[str], caches: str, folder: RunDirectory, machine
         note.insert(2, f"GPU busy {busy:.0f}% from first to last step told")
     if (held := seen.card_gib()) is not None:
         note.append(f"card_gib {held:.2f}")
+    as_b = settings.run.per_device_train_batch_size * settings.data.max_length
     return new_row(machine) | {
         "gpus": summary["world_size"],
         "model": settings.model.model_name_or_path,
@@ -118,7 +119,7 @@ def row(seen: Seen, words: list[str], caches: str, folder: RunDirectory, machine
         "quantize_mode": settings.model.quantize_mode,
         "compute_dtype": settings.model.compute_dtype,
         "checkpointing": settings.run.checkpointing,
-        "micro_batch_tokens": settings.run.per_device_train_batch_size * settings.data.max_length,
+        "micro_batch_tokens": summary["micro_batch_tokens"] or as_b,
         "tokens_per_second": round(speed),
         "samples_per_second_512": round(summary["samples_per_second_512"], 2),
         "peak_reserved_gb": round(summary["peak_memory_gib"] * GIB / GB, 2),

@@ -46,7 +46,7 @@ def test_memory_that_runs_out_on_one_gpu_of_two_splits_on_both(processes: Proces
     hog = {"do": "hog", "step": 3, "rank": 1, "leave_gib": 6}
     status, output, errors = run(processes, *LARGE, "--output_dir", "hogged", faults=[hog])
     assert status == 0, errors
-    assert re.search(r"out of memory at step 3.*split in \d+ on all processes", output)
+    assert re.search(r"out of memory at step 3.*split into \d+ on all processes", output)
     assert summary(processes.folder / "hogged")["micro_batch_parts"] > 1
     lines = [metrics(processes.folder / name) for name in ("room", "hogged")]
     assert [line["tokens"] for line in lines[0]] == [line["tokens"] for line in lines[1]]

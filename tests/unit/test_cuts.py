@@ -19,11 +19,11 @@ from falcon_qlora.data.batches import Dealing, DocumentReader, Share, TrainingSt
 from falcon_qlora.data.packing import Plan, deal
 from falcon_qlora.models.locate import find_outline_here
 from falcon_qlora.models.step_memory import USABLE_SHARE
-from falcon_qlora.processes import agreement, devices
+from falcon_qlora.processes import agreement, devices, ranks
 from falcon_qlora.training import batch_tokens
 from falcon_qlora.training.activations import Activations
 from falcon_qlora.training.cards import CARDS, Card, card_here, card_of
-from falcon_qlora.training.cuts import as_trained, decide
+from falcon_qlora.training.cuts import MOST_TOKENS, as_trained, decide
 from falcon_qlora.training.estimate import Estimate, Estimator
 
 GIB = 2**30
@@ -71,7 +71,7 @@ def test_no_cut_that_fits_is_faster_and_of_equals_none_is_smaller(words: str, pr
         ways = [None] if run.checkpointing != "auto" else [None, *made.choices(card)]
         every = [
             made.on(card, tokens=sequences * length, checkpointing=way)
-            for sequences in range(1, share + 1)
+            for sequences in range(1, min(share, MOST_TOKENS // length) + 1)
             for way in ways
         ]
         fitting = [each for each in every if needs(each) <= card.gib]
@@ -82,6 +82,7 @@ def test_no_cut_that_fits_is_faster_and_of_equals_none_is_smaller(words: str, pr
         best = min(step_seconds(each, share * length) for each in fitting)
         assert step_seconds(chosen, share * length) <= best * 1.0102
         cuts = {math.ceil(share / count) * length for count in range(1, share + 1)}
+        cuts = {cut for cut in cuts if cut <= MOST_TOKENS}
         as_fast = [
             found
             for cut in cuts
@@ -104,7 +105,7 @@ def test_b_and_accumulation_only_say_how_large_a_step_is(card: str) -> None:
     ]
     assert all(each == same[0] for each in same)
     as_b = estimator("-b 16").on(CARDS[card])
-    if as_b.has_room:
+    if as_b.has_room and as_b.micro_batch_tokens <= MOST_TOKENS:
         assert same[0].tokens_per_second >= 0.99 * as_b.tokens_per_second  # type: ignore[operator]
 
 
@@ -282,6 +283,27 @@ def test_ranks_with_other_cards_take_what_the_smallest_holds(on_gpu: pytest.Monk
     assert (chosen("-b 16").cut.tokens, chosen("-b 16").cut.why) == (16 * 2048, "-b, on the CPU")
 
 
+def test_what_is_a_replica_is_reckoned_with_as_one_on_less_memory_too(
+    on_gpu: pytest.MonkeyPatch,
+) -> None:
+    on_gpu.setattr(torch.cuda, "mem_get_info", lambda *_: (GIB, int(139.8 * GIB)))
+    on_gpu.setattr(ranks, "world_size", lambda: 2)
+    on_gpu.setattr(agreement, "met_by_all", lambda said: [said, said])
+    words = "--method full --optim adamw_torch_fused -b 4 --gradient_accumulation_steps 4"
+    cutter = chosen(words)
+    cutter.keep(lambda **_: Activations(["none"] * 32))
+    made = estimator(words, 2)
+    cuts = []
+    while cutter.smaller([0]):
+        found = cutter.cut.found
+        assert found is not None
+        whole = made.on(CARDS["h200"], tokens=found.micro_batch_tokens, checkpointing=found.blocks)
+        cuts.append(whole.step_bytes)
+        assert found.step_bytes == whole.step_bytes
+    assert len(cuts) > 1
+    assert cuts == sorted(cuts, reverse=True)
+
+
 def test_what_stays_as_b_says_and_why(on_gpu: pytest.MonkeyPatch) -> None:
     on_gpu.setattr(torch.cuda, "mem_get_info", lambda *_: (GIB, 18 * GIB))
     assert chosen("-b 16 --packing false").cut.why == "-b, as rows are padded"
@@ -308,7 +330,7 @@ def test_a_resumed_run_keeps_its_cut(on_gpu: pytest.MonkeyPatch, tmp_path: Path)
     saved = checkpoint(tmp_path / "saved", settings=settings, cut=begun.record())
     again = chosen(words, saved)
     assert (again.cut.tokens, again.cut.blocks) == (begun.cut.tokens, begun.cut.blocks)
-    assert (again.cut.why, again.may_shrink, again.notes) == ("as the run began", False, [])
+    assert (again.cut.why, again.may_shrink, again.notes) == ("as the run began", True, [])
 
     # After a lack of memory in its first step too.
     begun.keep(lambda **_: Activations(["none"] * 32))
@@ -355,6 +377,10 @@ def test_another_cut_on_resume_and_a_run_of_an_older_release(
         assert "agree up to rounding" in named.notes[0]
         assert chosen(f"{words} --batch_tokens auto", each).cut == chosen(words).cut
     settings = {"batch_tokens": "auto", "per_device_train_batch_size": 4}
+    # And again from the checkpoints that this release has made of it since.
+    since = checkpoint(tmp_path / "since", settings=settings, cut=chosen(words, old).record())
+    again = chosen(words, since)
+    assert (again.cut.tokens, again.cut.blocks, again.as_before) == (8192, None, True)
     new = checkpoint(tmp_path / "new", settings=settings, cut=chosen(words).record())
     assert chosen(f"{words} --batch_tokens 20000", new).cut.tokens == 20000
     other_b = chosen("-b 2 --gradient_accumulation_steps 16", new).cut
