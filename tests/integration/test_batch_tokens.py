@@ -100,6 +100,7 @@ def test_ranks_with_other_cards_cut_alike_and_the_losses_are_those_of_b(processe
         "checkpointing": "selective",
         "card_gib": 12 / 1024,
         "gib": None,
+        "as_before": False,
     }
     assert_same_run(folder / "cards", folder / "alike")
     ours, as_b = metrics(folder / "cards"), metrics(folder / "b")
