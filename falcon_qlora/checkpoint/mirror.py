@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
+import re
 import shutil
 import socket
 import threading
@@ -36,6 +37,9 @@ _RECORDS_SECONDS = 60.0
 _LONGEST_PAUSE_SECONDS = 60.0
 _PAUSE_AT_END_SECONDS = 2.0
 _LINKS = ".mirror-"
+_OF_OTHERS = re.compile(r"checkpoints/(?!step-\d+/)")
+# Before a flush says that it goes on.
+_SILENT_SECONDS = 3.0
 # What the trackers keep, and what is of this machine alone.
 _NOT_COPIED = ("checkpoints", "tensorboard", "wandb", "flight_record")
 _Sign = tuple[int, int]  # a file's size and its time of change
@@ -92,12 +96,16 @@ class Mirror:
             self._asked += 1
             wanted, uploaded = self._asked, self._uploaded_at
             self._changed.notify_all()
-            deadline = time.monotonic() + patience_seconds
+            began, told = time.monotonic(), False
+            deadline = began + patience_seconds
             while self._done < wanted and self._lost is None:
                 if not hurry and self._uploaded_at != uploaded:
                     uploaded, deadline = self._uploaded_at, time.monotonic() + patience_seconds
                 if time.monotonic() > deadline:
                     break
+                if not told and time.monotonic() - began > _SILENT_SECONDS:
+                    told = True
+                    note(f"uploading for up to {patience_seconds:.0f} s: {self._missing()}")
                 self._changed.wait(0.2)
         if self._done >= wanted:
             return None
@@ -161,8 +169,9 @@ class Mirror:
         if not told:
             since = f"since {self._uploaded_at:%H:%M:%S}" if self._uploaded_at else "yet"
             note(
-                f"{self.store.address}: nothing could be uploaded {since} ({why}). The training goes on, in "
-                f"{self._directory}; what is missing is uploaded once the store answers"
+                f"{self.store.address}: nothing could be uploaded {since} ({why}). "
+                + ("The run is" if self._asked else "The training goes on,")
+                + f" in {self._directory}; what is missing is uploaded once the store answers"
             )
 
     def _succeeded(self) -> None:
@@ -199,7 +208,7 @@ class Mirror:
         if steps_at(there) and not self._overwrite and theirs != self._run:
             raise _OthersError("another run is there by now")
         ours = {*self._directory.names(), MARK}
-        earlier = [name for name in there if name.split("/")[0] in ours]
+        earlier = [name for name in there if name.split("/")[0] in ours and not _OF_OTHERS.match(name)]
         self._remove(earlier, there)
         self._put(MARK, self._directory.path / MARK)
         return there

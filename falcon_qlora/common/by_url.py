@@ -14,7 +14,7 @@ from typing import Any
 from falcon_qlora.common import stores
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.common.files import user_cache
-from falcon_qlora.common.record_files import SETTINGS, SIGNS_OF_A_RUN
+from falcon_qlora.common.record_files import SETTINGS, SIGNS_OF_A_RUN, is_no_run
 from falcon_qlora.common.stores import Store, StoreError
 
 # In the folder and at the address: which run it is, and which of its starts writes to the address.
@@ -24,6 +24,8 @@ _FLAG = "--output_dir"
 _RECORDS = (SETTINGS, "data.json", "kernels.json", "summary.json", "environment.json")
 _PARTS = re.compile(r"(?P<run>.+?)(?P<inside>(/checkpoints/[^/]+|/adapter)?)/*")
 _MARKED = re.compile(r"[\w.-]{1,253}")  # what identifies a run or a start, or a host's name
+_BUCKET = re.compile(r"(\w+://[^/]+)/*")
+_ONE_SLASH = re.compile(r"(s3|gs):/(?!/)")
 _WHOLE = re.compile(r"checkpoints/step-(\d+)/manifest\.json")
 
 
@@ -34,12 +36,21 @@ def local_folder(address: str) -> Path:
         UserError: if the address is not of a kind that is supported, or nothing here can be kept.
     """
     stores.check(address, _FLAG)
+    bucket = _BUCKET.fullmatch(address)
+    if bucket is not None:
+        raise UserError(f"{_FLAG} {address}: name a folder in the bucket, such as {bucket[1]}/run")
     stores.require_lasting_cache(address, _FLAG)
     return user_cache("runs") / stores.slug(address.rstrip("/"))
 
 
 def folder_of(name: str | Path) -> Path:
-    """The folder that `--output_dir` means."""
+    """The folder that `--output_dir` means.
+
+    Raises:
+        UserError: see `local_folder`; or if it is an address that lacks a slash.
+    """
+    if _ONE_SLASH.match(str(name)):
+        raise UserError(f"{_FLAG} {name}: an address has two slashes: {str(name).replace(':/', '://', 1)}")
     return local_folder(str(name)) if stores.is_address(name) else Path(name)
 
 
@@ -73,6 +84,16 @@ def holds_run(address: str) -> bool:
         UserError: if the store does not answer.
     """
     return any(name.split("/")[0] in SIGNS_OF_A_RUN for name in found_at(address))
+
+
+def holds_what_is_no_runs(address: str) -> bool:
+    """Whether things with the names of a run's are at the address, and no run that has begun there.
+
+    Raises:
+        UserError: if the store does not answer.
+    """
+    found = {name.split("/")[0] for name in found_at(address)}
+    return is_no_run(found) and MARK not in found
 
 
 def bring_settings(address: str, *, begun: bool) -> Path:

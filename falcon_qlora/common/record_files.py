@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,11 @@ CERTIFICATE = "certificate.json"  # of a merge
 PREPARED = "falcon_qlora_base.json"  # of a quantized base
 # Written only by a run that has started: a folder with any of these "holds a run".
 SIGNS_OF_A_RUN = (SETTINGS, "metrics.jsonl", "summary.json", "checkpoints", "adapter")
+
+
+def is_no_run(names: Collection[str]) -> bool:
+    """Whether a folder with these names has some of a run's, such as ``adapter``, but not its settings."""
+    return SETTINGS not in names and any(sign in names for sign in SIGNS_OF_A_RUN)
 
 
 def check_format(record: Mapping[str, Any], what: str, newest: int = 1) -> None:

@@ -8,10 +8,10 @@ import re
 import socket
 from pathlib import Path
 
-from falcon_qlora.common.by_url import folder_of, holds_run
+from falcon_qlora.common.by_url import folder_of, holds_run, holds_what_is_no_runs
 from falcon_qlora.common.errors import UserError, nearest
 from falcon_qlora.common.files import quoted, try_to_write
-from falcon_qlora.common.record_files import AUTO, LATEST
+from falcon_qlora.common.record_files import AUTO, LATEST, SIGNS_OF_A_RUN, is_no_run
 from falcon_qlora.common.stores import is_address
 from falcon_qlora.run_folder.directory import LAUNCHER, RunDirectory
 
@@ -82,6 +82,8 @@ def choose(
         raise UserError(f"--resume: {output_dir}: there is no run") if by_url else _not_there(path)
     if not (resume or overwrite or restarted):
         _refuse_second(str(output_dir), path, by_url=by_url)
+    if (overwrite or (resume == AUTO and by_url)) and not restarted:
+        _refuse_others(str(output_dir), path, by_url=by_url)
     try:
         if make:
             path.mkdir(parents=True, exist_ok=True)
@@ -102,6 +104,16 @@ def _refuse_second(output_dir: str, path: Path, *, by_url: bool) -> None:
         raise UserError(
             f"--output_dir {path}: this folder{of_url} holds a run already. Go on with it (--resume), "
             "replace it (--overwrite), or name another folder"
+        )
+
+
+def _refuse_others(output_dir: str, path: Path, *, by_url: bool) -> None:
+    """Refuse to replace things that have the names of a run's, and are none."""
+    here = {each.name for each in path.iterdir()} if path.is_dir() else set()
+    if is_no_run(here) or (by_url and holds_what_is_no_runs(output_dir)):
+        raise UserError(
+            f"--output_dir {output_dir}: there is no run, but things with the names of a run's ("
+            f"{', '.join(SIGNS_OF_A_RUN[1:])}), which it would replace; name another folder"
         )
 
 

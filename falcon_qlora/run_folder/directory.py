@@ -32,6 +32,7 @@ from typing import Any, Literal
 from falcon_qlora.common.errors import reason_of
 from falcon_qlora.common.files import plain, quoted, replaced, write_json, write_text
 from falcon_qlora.common.record_files import (
+    SETTINGS,
     SETTINGS_FORMAT,
     SIGNS_OF_A_RUN,
     run_of,
@@ -137,7 +138,9 @@ class RunDirectory:
         Args:
             keep: names of files and folders that stay: the new run has already written there.
         """
-        for path in (self.path / name for name in _CONTENTS if name not in keep):
+        # The settings last: without them nothing here is taken for a run's.
+        ordered = sorted(_CONTENTS, key=lambda name: name == SETTINGS)
+        for path in (self.path / name for name in ordered if name not in keep):
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
             else:

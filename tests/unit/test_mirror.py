@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pytest
@@ -285,3 +286,34 @@ def test_a_folder_or_file_is_copied_once_for_each_content(store: Path) -> None:
     assert stores.fetched("s3://bucket/rows/a.jsonl", "--dataset_name").read_text() == '{"text": "b"}'
     with pytest.raises(UserError, match="--dataset_name s3://bucket/none: there is nothing"):
         stores.fetched("s3://bucket/none", "--dataset_name")
+
+
+@pytest.mark.parametrize("name", ["checkpoints/foreign/x.txt", "adapter/other.bin"])
+@pytest.mark.parametrize("option", [{"resume": "auto"}, {"overwrite": True}])
+def test_what_is_no_run_at_the_address_is_not_replaced(
+    store: Path, tmp_path: Path, name: str, option: dict[str, Any]
+) -> None:
+    file = store / "objects/bucket/run" / name
+    file.parent.mkdir(parents=True)
+    file.write_text("mine")
+    with pytest.raises(UserError, match="s3://bucket/run: there is no run, but things with the names"):
+        choose(URL, model="tiny", settings="4bit", root=tmp_path, **option)
+
+
+def test_others_folders_among_a_runs_checkpoints_stay(store: Path, tmp_path: Path) -> None:
+    first = Mirror(a_run(tmp_path / "a", 2), limit=None, goes_on=False)
+    assert first.flush(10) is None
+    ended(first)
+    file = store / "objects/bucket/run/checkpoints/foreign/x.txt"
+    file.parent.mkdir(parents=True)
+    file.write_text("mine")
+    second = Mirror(a_run(tmp_path / "b", 3), limit=None, goes_on=False, overwrite=True)
+    assert second.flush(10) is None
+    ended(second)
+    assert whole(store) == [3]
+    assert file.read_text() == "mine"
+
+
+def test_a_bucket_alone_is_no_runs_folder(store: Path) -> None:
+    with pytest.raises(UserError, match="s3://bucket/: name a folder in the bucket, such as s3://bucket/run"):
+        by_url.local_folder("s3://bucket/")

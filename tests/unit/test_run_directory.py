@@ -112,6 +112,22 @@ def test_an_address_is_no_folder(tmp_path: Path) -> None:
         choose("ftp://bucket/run", model="tiny", settings="4bit", root=tmp_path)
 
 
+@pytest.mark.parametrize("name", ["checkpoints/foreign/x.bin", "adapter/other.bin", "metrics.jsonl"])
+def test_what_is_no_run_is_not_replaced(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(UserError, match="there is no run, but things with the names of a run's"):
+        _choose(tmp_path, tmp_path, overwrite=True)
+    _holding_run(tmp_path)
+    assert _choose(tmp_path, tmp_path, overwrite=True) == tmp_path
+
+
+@pytest.mark.parametrize("name", ["s3:/bucket/run", "gs:/run"])
+def test_an_address_that_lacks_a_slash_is_no_folder(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UserError, match=r"an address has two slashes: (s3|gs)://"):
+        choose(name, model="tiny", settings="4bit", root=tmp_path)
+
+
 def test_resume_takes_a_run_or_one_of_its_checkpoints(tmp_path: Path) -> None:
     directory = _holding_run(tmp_path / "mine")
     (directory.checkpoints / "step-10").mkdir(parents=True)
