@@ -396,14 +396,14 @@ def test_a_step_is_cut_as_training_would_cut_it(capsys: pytest.CaptureFixture[st
     words = "-m random:falcon-7b --max_steps 5 -b 2 --gradient_accumulation_steps 8 --gpu"
     large = estimate(f"{words} h200", capsys)
     assert (large["micro_batches"], large["micro_batch_tokens"], large["checkpointing"]) == (
-        1,
-        32_768,
+        2,
+        16_384,
         "none",
     )
     small = estimate(f"{words} 4090", capsys)
-    assert 2_048 < small["micro_batch_tokens"] < 32_768
+    assert 2_048 < small["micro_batch_tokens"] < 16_384
     assert small["fits"] is True
     named = estimate(f"{words} 4090 --batch_tokens 4096", capsys)
     assert (named["micro_batches"], named["micro_batch_tokens"]) == (8, 4096)
     assert main(["estimate", *f"{words} h200".split()]) == 0
-    assert "16 × 2,048 tokens a step: 1 micro-batch of 32,768 tokens on a GPU\n" in capsys.readouterr().out
+    assert "16 × 2,048 tokens a step: 2 micro-batches of 16,384 tokens on a GPU\n" in capsys.readouterr().out
