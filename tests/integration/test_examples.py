@@ -88,8 +88,10 @@ def test_what_looks_ahead_runs_as_its_page_says_and_reads_what_it_declares(
 def test_the_others_run_as_their_pages_say_and_read_what_they_declare(reads: Reads) -> None:
     for words in VERBS["train"].examples:
         assert cli.main(["train", *shlex.split(words)]) == 0
-    check(reads, "generate", ["-m tiny --prompt x --template none --dataset_format text --max_new_tokens 2"])
-    check(reads, "eval", [])
+    stored = "-m tiny -q 4bit --double_quantization true"  # else as the run or the checkpoint says
+    plain = "--prompt x --template none --dataset_format text --max_new_tokens 2"
+    check(reads, "generate", [f"{stored} {plain}"])
+    check(reads, "eval", [f"{stored} --dataset_name sample --most_tokens 512"])
     check(reads, "inspect", [])
     check(reads, "bench", [], but=VERBS["bench"].uses())
     # Its certificate holds the run's whole record, and the run's rows were one file's share.
