@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from falcon_qlora.checkpoint.manifest import MANIFEST
-from falcon_qlora.common.by_url import MARK, mark_of, steps_at, steps_here
+from falcon_qlora.common.by_url import MARK, are_no_runs, mark_of, steps_at, steps_here
 from falcon_qlora.common.files import write_json
 from falcon_qlora.common.stores import Store, StoreError
 from falcon_qlora.processes import ranks
@@ -207,7 +207,9 @@ class Mirror:
             return there
         if steps_at(there) and not self._overwrite and theirs != self._run:
             raise _OthersError("another run is there by now")
-        ours = {*self._directory.names(), MARK}
+        if are_no_runs(there):
+            raise _OthersError("things with the names of a run's are there, and no run")
+        ours = self._directory.names()  # the mark stays until the new one takes its place
         earlier = [name for name in there if name.split("/")[0] in ours and not _OF_OTHERS.match(name)]
         self._remove(earlier, there)
         self._put(MARK, self._directory.path / MARK)

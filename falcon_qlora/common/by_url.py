@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -89,11 +89,19 @@ def holds_run(address: str) -> bool:
 def holds_what_is_no_runs(address: str) -> bool:
     """Whether things with the names of a run's are at the address, and no run that has begun there.
 
-    Raises:
-        UserError: if the store does not answer.
+    Returns:
+        False where the store does not answer: a run then begins without it, and `Mirror` looks later.
     """
-    found = {name.split("/")[0] for name in found_at(address)}
-    return is_no_run(found) and MARK not in found
+    try:
+        return are_no_runs(Store(address).files())
+    except StoreError:
+        return False
+
+
+def are_no_runs(found: Iterable[str]) -> bool:
+    """The same of what was found at an address."""
+    tops = {name.split("/")[0] for name in found}
+    return is_no_run(tops) and MARK not in tops
 
 
 def bring_settings(address: str, *, begun: bool) -> Path:

@@ -300,6 +300,21 @@ def test_what_is_no_run_at_the_address_is_not_replaced(
         choose(URL, model="tiny", settings="4bit", root=tmp_path, **option)
 
 
+def test_what_is_no_run_is_not_replaced_by_a_run_that_began_without_the_store(
+    store: Path, tmp_path: Path
+) -> None:
+    file = store / "objects/bucket/run/adapter/other.bin"
+    file.parent.mkdir(parents=True)
+    file.write_text("mine")
+    (store / "GONE").touch()
+    assert choose(URL, model="tiny", settings="4bit", root=tmp_path, resume="auto").is_dir()
+    (store / "GONE").unlink()
+    mirror = Mirror(a_run(tmp_path / "a", 2), limit=None, goes_on=False)
+    assert "things with the names of a run's are there, and no run" in str(mirror.flush(10))
+    ended(mirror)
+    assert file.read_text() == "mine"
+
+
 def test_others_folders_among_a_runs_checkpoints_stay(store: Path, tmp_path: Path) -> None:
     first = Mirror(a_run(tmp_path / "a", 2), limit=None, goes_on=False)
     assert first.flush(10) is None
