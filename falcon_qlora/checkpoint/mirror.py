@@ -1,7 +1,7 @@
 """A run's folder is copied to an address while training goes on.
 
-    mirror = Mirror(directory, limit=2, run=None)   # on the main process, once the run has written its start
-    missing = mirror.flush(60)                      # at the end: what could not be uploaded, or None
+    mirror = Mirror.of(directory, limit=2, goes_on=False)  # once the run has written its start
+    missing = mirror.flush(60)                             # at the end: what could not be uploaded, or None
 
 One thread looks at the folder; nothing waits for it. A store has no rename: a checkpoint or an adapter is
 there once its manifest is, which is uploaded last and removed first. What an uploaded checkpoint replaces is
@@ -150,13 +150,12 @@ class Mirror:
                 note(f"{told}; the run is in {self._directory}")
             except FileNotFoundError:
                 pass  # replaced meanwhile: the next pass finds the new ones
-            except (
-                Exception
-            ) as error:  # of this disk, or what nobody has foreseen: the run must not end for it
+            except StoreError as error:
                 pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
-                self._failed(
-                    str(error) if isinstance(error, StoreError) else f"{type(error).__name__}: {error}"
-                )
+                self._failed(str(error))
+            except Exception as error:  # of this disk, or what nobody has foreseen: the run goes on
+                pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
+                self._failed(f"{type(error).__name__}: {error}")
             else:
                 pause = _LOOK_SECONDS
                 self._succeeded()
