@@ -1,4 +1,4 @@
-"""A folder of a merged or prepared model: weights, configuration and tokenizer in the form of the published models.
+"""A merged or prepared model's folder, in the form of the published models.
 
 vLLM, llama.cpp and Transformers of any release can read it. Not all of them can read what Transformers 5
 would write itself: its tokenizer class, and for Falcon-7B a number of key/value heads that llama.cpp takes
