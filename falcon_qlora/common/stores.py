@@ -15,6 +15,7 @@ import contextlib
 import errno
 import functools
 import hashlib
+import logging
 import os
 import re
 import sys
@@ -159,7 +160,10 @@ class Store:
 
     def _system(self) -> Any:
         import fsspec
+        import fsspec.asyn
 
+        # What becomes of a call is told here; what breaks beside it would be printed with a trace.
+        fsspec.asyn.get_loop().set_exception_handler(_log_quietly)
         system = fsspec.filesystem(self._scheme, use_listings_cache=False, **_OPTIONS.get(self._scheme, {}))
         system.retries = 1  # their own, of s3fs and gcsfs
         return system
@@ -175,6 +179,10 @@ class Store:
             raise StoreError(
                 told if isinstance(error, OSError) else f"{type(error).__name__}: {told}"
             ) from error
+
+
+def _log_quietly(loop: Any, context: dict[str, Any]) -> None:
+    logging.getLogger(__name__).debug("%s", context.get("message"), exc_info=context.get("exception"))
 
 
 def _tag(about: dict[str, Any]) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from falcon_qlora.common.by_url import folder_of, holds_run, holds_what_is_no_runs
 from falcon_qlora.common.errors import UserError, nearest
 from falcon_qlora.common.files import quoted, try_to_write
-from falcon_qlora.common.record_files import AUTO, LATEST, SIGNS_OF_A_RUN, is_no_run
+from falcon_qlora.common.record_files import AUTO, LATEST, SIGNS_OF_A_RUN
 from falcon_qlora.common.stores import is_address
 from falcon_qlora.run_folder.directory import LAUNCHER, RunDirectory
 
@@ -80,10 +80,10 @@ def choose(
         and not (by_url and holds_run(str(output_dir)))
     ):
         raise UserError(f"--resume: {output_dir}: there is no run") if by_url else _not_there(path)
+    if not restarted and (overwrite or not resume or (resume == AUTO and by_url)):
+        _refuse_others(str(output_dir), path, by_url=by_url)
     if not (resume or overwrite or restarted):
         _refuse_second(str(output_dir), path, by_url=by_url)
-    if (overwrite or (resume == AUTO and by_url)) and not restarted:
-        _refuse_others(str(output_dir), path, by_url=by_url)
     try:
         if make:
             path.mkdir(parents=True, exist_ok=True)
@@ -109,8 +109,7 @@ def _refuse_second(output_dir: str, path: Path, *, by_url: bool) -> None:
 
 def _refuse_others(output_dir: str, path: Path, *, by_url: bool) -> None:
     """Refuse to replace things that have the names of a run's, and are none."""
-    here = {each.name for each in path.iterdir()} if path.is_dir() else set()
-    if is_no_run(here) or (by_url and holds_what_is_no_runs(output_dir)):
+    if RunDirectory(path).holds_what_is_no_runs() or (by_url and holds_what_is_no_runs(output_dir)):
         raise UserError(
             f"--output_dir {output_dir}: there is no run, but things with the names of a run's ("
             f"{', '.join(SIGNS_OF_A_RUN[1:])}), which it would replace; name another folder"

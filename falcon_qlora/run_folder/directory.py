@@ -35,6 +35,7 @@ from falcon_qlora.common.record_files import (
     SETTINGS,
     SETTINGS_FORMAT,
     SIGNS_OF_A_RUN,
+    is_no_run,
     run_of,
     settings_as_now,
     without_format,
@@ -120,6 +121,10 @@ class RunDirectory:
     def holds_run(self) -> bool:
         """Whether a run has written here."""
         return any((self.path / sign).exists() for sign in SIGNS_OF_A_RUN)
+
+    def holds_what_is_no_runs(self) -> bool:
+        """Whether things with the names of a run's are here, and no run, which `--overwrite` may replace."""
+        return self.path.is_dir() and is_no_run({each.name for each in self.path.iterdir()})
 
     def contents(self) -> list[Path]:
         """The files and folders of the run that exist, most wanted first."""

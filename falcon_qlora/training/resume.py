@@ -142,12 +142,17 @@ def _require_on_all_nodes(checkpoint: str) -> None:
 
 def _check_may_begin(directory: RunDirectory, resume: str) -> None:
     if resume != AUTO:
-        raise UserError(f"--resume: {directory} holds no checkpoint yet; start it again with --overwrite")
+        raise UserError(f"--resume: {directory} holds no checkpoint yet; {_another_way(directory)}")
     if directory.adapter.exists():
         raise UserError(
-            f"--resume auto: {directory} holds a finished run without checkpoints. Replace it with "
-            "--overwrite instead, or name another folder"
+            f"--resume auto: {directory} holds a finished run without checkpoints; {_another_way(directory)}"
         )
+
+
+def _another_way(directory: RunDirectory) -> str:
+    if directory.holds_what_is_no_runs():
+        return "name another folder"
+    return "start it again with --overwrite, or name another folder"
 
 
 def _is_of_this_launch(directory: RunDirectory) -> bool:
@@ -167,8 +172,7 @@ def _find(directory: RunDirectory, named: Path | None) -> str | None:
         note(f"{path} is skipped: {wrong}")
     if whole is None and faulty:
         raise UserError(
-            f"--resume: no checkpoint in {directory.checkpoints} is whole; start the run again with "
-            "--overwrite"
+            f"--resume: no checkpoint in {directory.checkpoints} is whole; {_another_way(directory)}"
         )
     if whole is None:
         return None

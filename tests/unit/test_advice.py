@@ -143,6 +143,11 @@ WITH_MODELS: list[tuple[str, list[Step]]] = [
      [("give (--checkpointing full),", "--checkpointing selective", "")]),
     (f"{SHORT} --adapter runs/old --lora_r 5", [(DROP, "--lora_r 5", "")]),
     (f"{SHORT} --output_dir begun --resume", [("start it again with (--overwrite)", "--resume", "")]),
+    *((f"{SHORT} --output_dir others {way}", [("; name another (folder)", "others", "_of_mine")])
+      for way in ("", "--overwrite")),
+    (f"{SHORT} --output_dir others --resume auto", [("; name another (folder)$", "others", "_of_mine")]),
+    (f"{SHORT} --output_dir others --resume",
+     [("; name another (folder)$", "others --resume", "_of_mine")]),
     ("chat -m tiny", [("did you mean (generate --chat)", "chat", "")]),
     ("generate -m tiny --max_new_tokens 2 --prompt Hi --prompt_file prompts.json",
      [("--prompt and (--prompt_file): give one", "--prompt Hi --prompt_file", "")]),
@@ -177,6 +182,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for split in ("train", "validation"):
         write_jsonl(tmp_path / "splits" / f"{split}.jsonl", rows)
     (tmp_path / "begun" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "begun" / "config.yaml").write_text("format: 2\n")
+    (tmp_path / "others" / "adapter").mkdir(parents=True)
     (tmp_path / "mine.yaml").write_text("seed: 1\n")
     (tmp_path / "prompts.json").write_text('["Hi"]')
     shutil.copytree(tiny_path(), tmp_path / "whole" / "adapter")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import json
 import shutil
 import sys
@@ -11,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+import fsspec.asyn
 import pytest
 
 from falcon_qlora.checkpoint import mirror as mirrors
@@ -332,3 +335,19 @@ def test_others_folders_among_a_runs_checkpoints_stay(store: Path, tmp_path: Pat
 def test_a_bucket_alone_is_no_runs_folder(store: Path) -> None:
     with pytest.raises(UserError, match="s3://bucket/: name a folder in the bucket, such as s3://bucket/run"):
         by_url.local_folder("s3://bucket/")
+
+
+def test_what_breaks_beside_a_call_prints_no_trace(store: Path, caplog: pytest.LogCaptureFixture) -> None:
+    # aiohttp leaves a task behind where a connection is reset; asyncio reports it when it is collected.
+    async def leave_a_task_behind() -> None:
+        async def breaks() -> None:
+            raise ConnectionResetError("Cannot write to closing transport")
+
+        task = asyncio.ensure_future(breaks())
+        await asyncio.sleep(0)
+        del task
+        gc.collect()
+
+    stores.Store("s3://bucket/run").files()
+    fsspec.asyn.sync(fsspec.asyn.get_loop(), leave_a_task_behind)
+    assert not caplog.records
