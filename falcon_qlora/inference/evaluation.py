@@ -23,6 +23,8 @@ from falcon_qlora.models.layouts import causal_lm_in, layout_of
 from falcon_qlora.models.load import empty_model
 from falcon_qlora.models.packed_attention import Sequences
 from falcon_qlora.models.scaled import ScaleAndBias, scale_and_bias_of
+from falcon_qlora.models.sharded import needs_all_processes
+from falcon_qlora.step.loss import evaluated
 
 _CHUNK = 1024  # positions whose logits exist at a time
 
@@ -66,7 +68,30 @@ class Evaluation:
     micro_batch: int
     max_length: int
 
-    def share(self, process: int, processes: int, *, even: bool) -> Iterator[MicroBatch]:
+    def loss(
+        self, model: nn.Module, accelerator: Any, *, halvings: int, at: Callable[[int, str], None]
+    ) -> float:
+        """The mean over the target tokens, over all processes. No logits are kept.
+
+        Args:
+            model: that is trained; it is left as it was.
+            accelerator: Accelerate's, which knows the processes.
+            halvings: how often every micro-batch is halved from the start, after OOM.
+            at: gets the phase and what is being done; see `Watchdog.at`.
+        """
+        was_training, sharded = model.training, needs_all_processes(model)
+        model.eval()
+        total = torch.zeros((), device=accelerator.device, dtype=torch.float64)
+        for batch in self._share(accelerator.process_index, accelerator.num_processes, even=sharded):
+            at(4, "evaluating")
+            total += evaluated(
+                model, batch, device=accelerator.device, halvings=halvings, can_retry=not sharded
+            )
+        at(5, "adding up the evaluation")
+        model.train(was_training)
+        return float(accelerator.reduce(total)) / self.target_tokens
+
+    def _share(self, process: int, processes: int, *, even: bool) -> Iterator[MicroBatch]:
         """One process's micro-batches, on the host; `even`: as many as any has, some without targets."""
         dealt = deal(
             np.arange(len(self.lengths)),

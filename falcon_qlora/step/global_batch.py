@@ -42,7 +42,6 @@ class Step:
     Attributes:
         halvings: how often every micro-batch is halved, after OOM.
         gradient_norm: of the last step, before clipping: a scalar on the device.
-        counted: steps with a finite loss since the reader last set it to zero: a scalar on the device.
         reached: whether a step that counts had a gradient other than zero: a scalar on the device.
         reports: what the processes agreed on.
         reduction: holds the gradients.
@@ -65,7 +64,7 @@ class Step:
         at: Callable[[int, int, str], None],
     ):
         self.halvings = 0
-        self.counted = torch.zeros((), device=device)
+        self._counted = torch.zeros((), device=device)  # steps with a finite loss, until `mean_of_counted`
         self.reached = torch.zeros((), device=device, dtype=torch.bool)
         self.reports = Reports()
         self.shrink: Callable[[list[int]], Share | None] | None = None
@@ -91,7 +90,7 @@ class Step:
         self._optimizer, self._accelerator, self._backward = optimizer, accelerator, backward
         self._scaler: Any = accelerator.scaler
         self._in_zero3 = isinstance(optimizer, zero3.Zero3Optimizer)
-        self.counted.zero_()
+        self._counted.zero_()
         self.reduction.share_parameters()
 
     def __call__(self, model: nn.Module, share: Share) -> Tensor:
@@ -124,7 +123,7 @@ class Step:
         self.reached |= (self.gradient_norm > 0) & self.gradient_norm.isfinite() & ~bad
         self.reports.put(share.step, agreed, bad, share.origins, overflowed=overflowed & ~bad)
         self._leave_out(model, bad)
-        self.counted += whole
+        self._counted += whole
         return torch.where(whole, loss * self._processes, 0.0)
 
     def _accumulate(self, model: nn.Module, share: Share) -> tuple[torch.Tensor, int]:
@@ -211,10 +210,23 @@ class Step:
                 "--learning_rate, or compute in bf16 or fp32"
             )
 
+    def mean_of_counted(self, mean: float, steps: int) -> float:
+        """The mean loss of those steps that had a finite one since the last call, given the mean of all.
+
+        Args:
+            mean: with zero for a step whose loss was not.
+            steps: how many there were.
+        """
+        counted = int(self._counted)
+        self._counted.zero_()
+        if counted == steps:
+            return mean
+        return mean * steps / counted if counted else float("nan")
+
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
         return {
-            "counted": float(self.counted),
+            "counted": float(self._counted),
             "halvings": self.halvings,
             "bad_steps": self.bad_steps.state(),
             "reports": self.reports.state(),
@@ -222,7 +234,7 @@ class Step:
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Restore what `state` returned."""
-        self.counted.fill_(state["counted"])
+        self._counted.fill_(state["counted"])
         self.halvings = state["halvings"]
         if self.halvings and not self.reduction.can_retry:
             # Shares that are split differ in their number of micro-batches, and each needs all processes.

@@ -9,6 +9,10 @@ import torch
 from transformers import DefaultFlowCallback, TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_utils import SaveStrategy
 
+from falcon_qlora.checkpoint.write import last_complete
+from falcon_qlora.common.errors import UserError
+from falcon_qlora.processes import agreement, lookout
+from falcon_qlora.processes.stop_signals import Stopped
 from falcon_qlora.run_folder.directory import Backlog
 
 if TYPE_CHECKING:
@@ -16,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class StepKeeper(DefaultFlowCallback):
-    """Counts tokens and the plan's epochs, and tells the trainer where the loop is.
+    """Counts tokens and the plan's epochs, and saves or ends the run where the processes agree to.
 
     It replaces the callback that decides when to log, evaluate and save. To the loop the whole run is one
     epoch; what is done once an epoch is done where the plan's epochs end.
@@ -24,8 +28,11 @@ class StepKeeper(DefaultFlowCallback):
 
     def __init__(self, trainer: FalconTrainer):
         self._trainer = trainer
+        self._ending: UserError | None = None
+        self._stopping = False
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._stopping, self._ending = False, None
         self._trainer.before_training()
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -40,19 +47,56 @@ class StepKeeper(DefaultFlowCallback):
             super().on_epoch_end(args, state, control)
         # Every save strategy but NO saves the last step.
         control.should_save |= state.global_step == state.max_steps and args.save_strategy != SaveStrategy.NO
-        self._trainer.after_step(control)
+        self._heed(state, control)
 
     def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         pass  # the loop's only epoch ends with the run
 
     def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._trainer.end_if_asked()
+        """End the run here if it was asked to stop and has steps left, or if too many steps were bad.
+
+        Raises:
+            Stopped, UserError: on every process.
+        """
+        if self._ending is None and not self._stopping:
+            return
+        trainer, checkpointer = self._trainer, self._trainer.checkpointer
+        trainer.settle()
+        if self._ending is not None:
+            last = agreement.from_main_process(lambda: last_complete(checkpointer.folder))
+            raise UserError(f"{self._ending}. {last}")
+        if state.global_step < state.max_steps:
+            raise Stopped(state.global_step, checkpointer.failure)
 
     def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self._trainer.meter.pause("end")
         self._trainer.step.finish(state.global_step)
+
+    def _heed(self, state: TrainerState, control: TrainerControl) -> None:
+        """A step has just ended: act on what the processes agreed on in the one before.
+
+        Raises:
+            UserError: on every process, if a checkpoint is not what was in memory.
+        """
+        trainer = self._trainer
+        trainer.watchdog.at(state.global_step, 3, "waiting for the device")
+        failed = False
+        try:
+            for report in trainer.step.heed():
+                failed |= report.failed
+                control.should_save |= report.save or report.stop
+                control.should_training_stop |= report.stop
+                self._stopping |= report.stop
+        except UserError as error:  # on every process alike; what was learned before is saved first
+            self._ending = error
+            control.should_save = control.should_training_stop = True
+        if failed:
+            trainer.settle()
+        if state.global_step == trainer.began_at + 1:
+            lookout.has_stepped()
+            trainer.checkpointer.reserve(trainer.model, trainer.optimizer)
 
 
 class MetricsWriter(TrainerCallback):

@@ -32,7 +32,7 @@ from falcon_qlora.run_folder.tracking import Trackers
 from falcon_qlora.terminal import console, phases
 from falcon_qlora.training import checks
 from falcon_qlora.training.estimate import told_blocks
-from falcon_qlora.training.moved import require_moved
+from falcon_qlora.training.moved import has_learned, require_moved
 from falcon_qlora.training.record import counts, refused_by_peft
 from falcon_qlora.training.resume import how_to_go_on
 from falcon_qlora.training.rows import TrainingData, told_at_end
@@ -86,7 +86,8 @@ def finish(
             replicated(model), directory.checkpoints, step=trainer.state.global_step
         )
     require_moved(trainer)
-    mine = peak_memory_gib(), round(trainer.reduction_share(), 4), checks.facts(trainer, base.quantize_mode)
+    reduction = trainer.meter.share_of_this_start(trainer.step.reduction.clock.finish())
+    mine = peak_memory_gib(), round(reduction, 4), checks.facts(trainer, base.quantize_mode)
     peaks, reductions, facts = map(list, zip(*agreement.gather_objects(mine), strict=True))
     endings.forget_siblings(but_main=True)  # the others may be done before this one is; rank 0 writes
     lines: list[dict[str, Any]] = []
@@ -228,7 +229,7 @@ def _keep_adapter(
                     flushed = [beside.submit(flush, file) for file in files]
                     # A model card is meant to be edited.
                     described = beside.submit(write_manifest, folder, {"step": step}, leave_out=["README.md"])
-                    check_tensors(folder, model, trained=trainer.has_learned())
+                    check_tensors(folder, model, trained=has_learned(trainer))
                     trainer.checkpointer.wait_until_unread()
                     reopened = check_opening(folder, model)
                     # The process ends sooner, and who waits for the memory has it sooner.

@@ -8,6 +8,7 @@ is also computed by itself, which may differ by rounding.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,8 +18,11 @@ from falcon_qlora.data.packing import MicroBatch
 from falcon_qlora.models.activations import has_fast_blocks
 from falcon_qlora.models.layouts import causal_lm_in, layout_of
 from falcon_qlora.models.load import quantization_of
+from falcon_qlora.models.sharded import is_sharded, needs_all_processes
+from falcon_qlora.models.sharded_base import alone
 from falcon_qlora.processes import devices
 from falcon_qlora.step.loss import documents_of, sum_of_losses
+from falcon_qlora.terminal.console import note
 
 # Attention has one rule for all boundaries; what else mixes tokens has had others at the ends of its chunks.
 _DOCUMENTS, _WITH_OTHER_MIXERS = 3, 8
@@ -51,6 +55,18 @@ class LeakProbe:
     def passed(self) -> bool:
         rounding = _ROUNDING * self.loss
         return self.moved <= (0 if self.exact else rounding) and abs(self.apart - self.loss) <= rounding
+
+
+def tried(model: torch.nn.Module, batch: MicroBatch, device: torch.device) -> LeakProbe | str:
+    """As `probe`, on whatever processes the model needs; a probe that has not passed is told."""
+    if is_sharded(model):  # whose processes may have too few documents for as many forward passes
+        return "the weights are sharded"
+    work = functools.partial(probe, model, batch, device)
+    # The others may have too few documents to take part in as many forward passes.
+    found = alone(model, work) if needs_all_processes(model) else work()
+    if isinstance(found, LeakProbe) and not found.passed:
+        note(warning(found))
+    return found or "rank 0 tried it alone"
 
 
 @torch.no_grad()

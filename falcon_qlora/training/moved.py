@@ -35,13 +35,21 @@ def require_moved(trainer: FalconTrainer) -> None:
         UserError: saying why.
     """
     model = trainer.model
-    same = agreement.gather_objects(trainer.is_as_it_was())
+    same = agreement.gather_objects(footprint(model) == trainer.footprint_at_start)
     if not all(same) and not _is_still_zero(model):
         return
     raise UserError(
         f"nothing was trained: after {counted(trainer.state.global_step, 'step')} the weights "
         f"that {method_of(model).title} trains have not changed. {_why(trainer)}. No adapter is written"
     )
+
+
+def has_learned(trainer: FalconTrainer) -> bool | None:
+    """True if the weights that the model has now have taken a step; None if that is not known."""
+    step, first = trainer.kept_step, trainer.first_learning_step
+    # In fp16 the scaler skips steps too, and how many is known a step late.
+    all_count = trainer.step.bad_steps.total == 0 and trainer.accelerator.scaler is None
+    return True if first is not None and all_count and step is not None and step >= first else None
 
 
 def _trained(model: nn.Module) -> list[Any]:
@@ -58,9 +66,9 @@ def _is_still_zero(model: nn.Module) -> bool:
 
 def _why(trainer: FalconTrainer) -> str:
     args, bad = trainer.args, trainer.step.bad_steps.total
-    if not trainer.steps_of_this_start:
+    if trainer.state.global_step == trainer.began_at:
         return "Nor had they at the checkpoint, and no step was left"
-    if not trainer.had_a_rate:
+    if trainer.first_learning_step is None:
         return (
             "The learning rate was 0 in every step: look at --learning_rate "
             f"({args.learning_rate:g}), --lr_scheduler_type and --warmup_steps"

@@ -36,6 +36,7 @@ class Meter:
     _paused: tuple[str, float] | None = field(default=None, repr=False)
     _last: tuple[int, int, int, float] = field(default=(0, 0, 0, 0.0), repr=False)
     _wall_before: float = field(default=0.0, repr=False)
+    _seconds_before: float = field(default=0.0, repr=False)
     _logged_at: float | None = field(default=None, repr=False)
 
     def resume(self) -> None:
@@ -77,6 +78,11 @@ class Meter:
         by_wall = {"wall_tokens_per_second": tokens / wall} if wall > 0 else {}
         return _rates(tokens, *rest) | by_wall
 
+    def share_of_this_start(self, seconds: float) -> float:
+        """Which share of the steps' time since the command began so many seconds are."""
+        ours = self.seconds - self._seconds_before
+        return seconds / ours if ours > 0 else 0.0
+
     def total(self) -> dict[str, float]:
         """Rates over the whole run."""
         return _rates(*self._now())
@@ -102,6 +108,7 @@ class Meter:
     def load_state(self, state: dict[str, Any]) -> None:
         """Restore what `state` returned, before the first `resume`."""
         self.tokens, self.positions, self.capacity, self.seconds = state["now"]
+        self._seconds_before = self.seconds
         tokens, positions, capacity, seconds = state["last"]
         self._last = (tokens, positions, capacity, seconds)
         self.lost |= state.get("lost", {})

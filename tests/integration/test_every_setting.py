@@ -39,7 +39,7 @@ from falcon_qlora.common.settings import settings_of
 from falcon_qlora.config.arguments import LaunchArguments, our_settings
 from falcon_qlora.config.configuration import _start_process_group
 from falcon_qlora.config.trainer_arguments import TrainerArguments
-from falcon_qlora.inference import sample_answers
+from falcon_qlora.inference import evaluation, sample_answers
 from falcon_qlora.models import hub
 from falcon_qlora.models.tiny import tiny_path
 from falcon_qlora.processes import agreement
@@ -399,7 +399,7 @@ class Runs:
             self._evaluated += 1
             return step_loss.evaluated(*args, **kwargs)
 
-        monkeypatch.setattr(training, "evaluated", evaluated)
+        monkeypatch.setattr(evaluation, "evaluated", evaluated)
         monkeypatch.setattr(charts, "draw_loss", lambda lines, file, title: file.touch())
         monkeypatch.setattr(PeftModel, "create_or_update_model_card", lambda *_: None)
         monkeypatch.setattr(sample_answers, "_MOST_NEW_TOKENS", 4)

@@ -36,12 +36,10 @@ def test_every_private_method_that_is_replaced_is_listed() -> None:
 
 @pytest.mark.parametrize("name", OVERRIDDEN)
 def test_what_is_replaced_takes_what_is_relied_on(name: str) -> None:
-    relied_on = OVERRIDDEN[name].split()
-    _, *theirs = inspect.signature(getattr(Trainer, name)).parameters.values()
+    relied_on = list(inspect.signature(getattr(FalconTrainer, name)).parameters)
+    theirs = list(inspect.signature(getattr(Trainer, name)).parameters.values())
     assert [each.name for each in theirs[: len(relied_on)]] == relied_on
     assert all(each.default is not inspect.Parameter.empty for each in theirs[len(relied_on) :])
-    _, *ours = inspect.signature(getattr(FalconTrainer, name)).parameters
-    assert len(ours) == len(relied_on)
 
 
 @pytest.mark.parametrize(
