@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,16 @@ import pytest
 
 import falcon_qlora
 from falcon_qlora import __main__ as cli
+from tests.integration import forks
 from tests.integration.runs import write_jsonl
 
 STEP = 2
+
+
+@pytest.fixture
+def forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a test starts by itself is a fork too, see `forks`."""
+    monkeypatch.setattr(subprocess, "Popen", forks.Popen)
 
 
 @pytest.fixture(scope="session")

@@ -55,6 +55,9 @@ _LIBRARIES = (
 )
 
 
+_ANEW = subprocess.Popen  # also where a test has put ours in its place
+
+
 class Popen(subprocess.Popen[Any]):
     """As `subprocess.Popen`, for words that begin with ``sys.executable, "-m"``, perhaps with ``-u``."""
 
@@ -121,7 +124,7 @@ class _Server:
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
         ours, theirs = socket.socketpair()
         self._socket = ours
-        self._process = subprocess.Popen(
+        self._process = _ANEW(
             [sys.executable, "-m", "tests.integration.forks", str(theirs.fileno()), str(os.getpid())],
             cwd=Path(__file__).resolve().parents[2],
             env={

@@ -18,9 +18,14 @@ from tests.integration.processes import Processes
 from tests.integration.runs import metrics, write_jsonl
 
 STEPS = 10
+# Two small blocks: what is tried with them does not depend on how much a step computes.
+SMALL = (
+    "-m random:falcon-7b?num_hidden_layers=2,hidden_size=128,num_attention_heads=2,vocab_size=4096 "
+    "--tokenizer_name_or_path tiny"
+)
 # Two epochs and a bit, several micro batches, random draws, and a loss averaged over steps.
 SETTINGS = (
-    "-m tiny -q 4bit --max_length 64 -b 2 --gradient_accumulation_steps 2 --lora_dropout 0.1 --lora_r 8 "
+    f"{SMALL} -q 4bit --max_length 64 -b 2 --gradient_accumulation_steps 2 --lora_dropout 0.1 --lora_r 8 "
     f"--steps {STEPS} --save_steps 2 --logging_steps 3 --learning_rate 1e-3 --warmup_steps 2 "
     "--report_to none --dataset_name rows.jsonl"
 ).split()

@@ -22,9 +22,7 @@ from tests.integration.processes import Processes
 from tests.integration.runs import metrics, summary, write_jsonl
 
 # Eight sequences of 64 tokens a step on each of two ranks.
-WORDS = (
-    " ".join(SETTINGS).replace("--gradient_accumulation_steps 2", "--gradient_accumulation_steps 4").split()
-)
+WORDS = [*SETTINGS, "-m", "tiny", "--gradient_accumulation_steps", "4"]
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ import pytest
 
 from falcon_qlora.__main__ import main
 from tests.benchmarks import against
+from tests.integration.forks import Popen
 from tests.integration.runs import write_jsonl
 
 MODEL = "random:falcon-7b?num_hidden_layers=1,hidden_size=64,num_attention_heads=2,vocab_size=512"
@@ -130,7 +131,7 @@ def test_a_time_limit_leaves_what_was_measured(tmp_path: Path) -> None:
     size = ("--models", MODEL, "--tokens", "64", "--max_length", "32", "--lora_r", "4")
     pace = ("--rounds", "500", "--steps", "1000", "--csv", str(tmp_path / "records.csv"))
     arguments = ["bench", "--variants", "ours,reference", *size, *pace]
-    bench = subprocess.Popen(
+    bench = Popen(
         [sys.executable, "-m", "falcon_qlora", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

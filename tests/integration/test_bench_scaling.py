@@ -16,6 +16,8 @@ from falcon_qlora.run_folder.directory import RunDirectory
 from tests.benchmarks import against
 from tests.integration.runs import ENVIRONMENT
 
+pytestmark = pytest.mark.usefixtures("forked")
+
 
 @pytest.mark.slow
 def test_two_processes_share_the_global_batch(
@@ -27,7 +29,6 @@ def test_two_processes_share_the_global_batch(
     asked = ("--gpus", "2", "--variants", "recipe,ours,ours-fp8", "--lengths", "uneven")
     pace = ("--steps", "3", "--warmup", "1")
     file = tmp_path / "records.csv"
-    # Not in a process of its own, which would take long to import the libraries.
     status = against.main(["--models", "tiny", "--lora_r", "4", *size, *asked, *pace, "--csv", str(file)])
     assert status == 0
     with file.open(newline="") as opened:

@@ -23,6 +23,7 @@ from falcon_qlora.config.arguments import LaunchArguments
 from falcon_qlora.data.sample_data import path as sample_rows
 from falcon_qlora.processes import stop_signals
 from falcon_qlora.run_folder.directory import RunDirectory
+from tests.integration.interrupted import SMALL
 from tests.integration.processes import Processes
 from tests.integration.runs import command, metrics, summary
 from tests.unit.test_report import make_run
@@ -32,13 +33,13 @@ SETTINGS = (
     "--global_batch_size 8 --eval_split 0.05 --max_rows 160 --compute_dtype fp32 --save_strategy no "
     "--logging_steps 1"
 ).split()
+pytestmark = pytest.mark.usefixtures("forked")
 RATES = {"adapter": "1e-1", "adapter_v2": "1e-2", "lora": "2e-3", "qlora": "2e-3", "full": "2e-4"}
 
 
 def run(folder: Path, methods: list[str], *more: str) -> list[dict[str, Any]]:
     rates = [f"{name}={RATES[name]}" for name in methods]
     given = ["--methods", ",".join(methods), "--learning_rates", *rates, "--output_dir", str(folder)]
-    # Here, as the processes that train take long enough to begin.
     assert compare.main([*given, *SETTINGS, *more]) == 0
     with (folder / "comparison.csv").open() as file:
         return list(csv.DictReader(file))
@@ -162,6 +163,7 @@ def test_a_signal_ends_it_with_what_it_started_and_the_same_command_goes_on(
 ) -> None:
     processes, log = Processes(tmp_path), tmp_path / "out/runs/adapter/metrics.jsonl"
     words = ["compare", "--methods", "adapter,lora", "--output_dir", "out", *SETTINGS, "--steps", "60"]
+    words += [*SMALL.split(), "--adapter_first_block", "0"]
     try:
         started = processes.start("falcon_qlora", *words)
         while not log.exists() and started.poll() is None:

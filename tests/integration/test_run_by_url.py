@@ -22,7 +22,8 @@ from tests.integration.runs import ENVIRONMENT, write_jsonl
 
 pytestmark = pytest.mark.slow
 URL = "s3://bucket/run"
-WORDS = ["train", *SETTINGS, "--output_dir", URL, "--resume", "auto"]
+OF_TINY = [*SETTINGS, "-m", "tiny"]
+WORDS = ["train", *OF_TINY, "--output_dir", URL, "--resume", "auto"]
 
 
 class Machine:
@@ -58,7 +59,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "work").mkdir()
     write_jsonl(folder / "work/rows.jsonl", ROWS)
     machine = Machine(folder, folder, "reference")
-    status, _, errors = machine("train", *SETTINGS, "--output_dir", str(folder / "reference_run"))
+    status, _, errors = machine("train", *OF_TINY, "--output_dir", str(folder / "reference_run"))
     assert (status, errors) == (0, "")
     return folder
 

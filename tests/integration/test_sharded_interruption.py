@@ -14,14 +14,14 @@ import pytest
 
 from falcon_qlora.checkpoint.manifest import MANIFEST, newest_whole
 from falcon_qlora.common.quantities import counted
-from tests.integration.interrupted import ROWS, assert_same_run, at_work, run
+from tests.integration.interrupted import ROWS, SMALL, assert_same_run, at_work, run
 from tests.integration.processes import Processes
 from tests.integration.runs import metrics, summary
 
 pytestmark = pytest.mark.slow
 
 SETTINGS = (
-    "-m tiny --method full --compute_dtype fp32 --max_length 64 -b 1 --global_batch_size 8 --steps 8 "
+    f"{SMALL} --method full --compute_dtype fp32 --max_length 64 -b 1 --global_batch_size 8 --steps 8 "
     "--save_steps 2 --logging_steps 3 --learning_rate 1e-3 --warmup_steps 2 --save_total_limit 8 "
     "--report_to none --dataset_name rows.jsonl"
 ).split()
@@ -133,7 +133,8 @@ def test_a_disk_without_room_for_the_parts_is_refused_before_the_run(
 def test_another_number_of_processes_trains_the_same(
     processes: Processes, wrote: tuple[int, str], goes_on: tuple[int, str]
 ) -> None:
-    every_step = [*SETTINGS, "--logging_steps", "1", "--sharding"]
+    # A base that is trained already: of one that is made up, gradients differ by more than rounding.
+    every_step = [*SETTINGS, "-m", "tiny", "--logging_steps", "1", "--sharding"]
     name = f"from{wrote[0]}to{goes_on[0]}"
     gpus, sharding = wrote
     run_whole = run(processes, "--output_dir", f"{name}-whole", gpus=gpus, settings=[*every_step, sharding])

@@ -15,13 +15,13 @@ from falcon_qlora.data.sample_data import path as sample_rows
 from falcon_qlora.step import global_batch
 from falcon_qlora.step.bad_steps import BadSteps
 from falcon_qlora.step.global_batch import Step
-from tests.integration.interrupted import assert_same_run
+from tests.integration.interrupted import SMALL, assert_same_run
 from tests.integration.runs import ENVIRONMENT, command, metrics, train
 from tests.integration.shared_out import CASES
 
 # 7 documents, one at a time: more of them on one process than on another, and each forward takes all.
 SETTINGS = (
-    "-m tiny --max_length 64 -b 1 --global_batch_size 7 --packing false --steps 4 --save_steps 2 "
+    f"{SMALL} --max_length 64 -b 1 --global_batch_size 7 --packing false --steps 4 --save_steps 2 "
     "--logging_steps 1 --learning_rate 1e-3 --warmup_steps 1 --lora_r 8 --max_rows 60 "
     f"--dataset_name {sample_rows()}"
 ).split()
@@ -29,6 +29,7 @@ SHARED = ("--sharding", "fsdp")
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked")
 def test_what_is_shared_out_computes_what_is_whole() -> None:
     # Three, which divide no block evenly.
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "3"]
