@@ -26,11 +26,12 @@ from torch import Tensor, nn
 from falcon_qlora.checkpoint import write
 from falcon_qlora.checkpoint.adapter_check import AdapterFaultError
 from falcon_qlora.checkpoint.content import Content, Filling, Moment, content_of
-from falcon_qlora.checkpoint.host_copy import HostCopies, free_host_bytes, tensors_in
+from falcon_qlora.checkpoint.host_copy import HostCopies, tensors_in
 from falcon_qlora.checkpoint.manifest import fault
 from falcon_qlora.checkpoint.optimizer_parts import own_part, write_part
 from falcon_qlora.common.errors import UserError, reason_of
 from falcon_qlora.common.files import flush, put_in_place
+from falcon_qlora.common.host_memory import free_host_bytes
 from falcon_qlora.common.quantities import gib
 from falcon_qlora.methods.interface import method_of
 from falcon_qlora.models.sharded import is_sharded, take_part, whole_bytes, whole_tensors

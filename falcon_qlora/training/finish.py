@@ -167,7 +167,13 @@ def finish(
         with _told_if_not_written(directory.summary_file):
             directory.write("summary", figures)
         told = checks.told_in_lines(proved)
-        console.print_end(figures, directory.contents(), adapter=directory.adapter, checked=told)
+        console.print_end(
+            figures,
+            directory.contents(),
+            adapter=str(directory.adapter),
+            opened_with=["--offload_base"] * run.offload_base,
+            checked=told,
+        )
     trackers.finish(summary=figures, adapter=directory.adapter)
 
 

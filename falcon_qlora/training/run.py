@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from falcon_qlora.common.errors import EXIT_HANGING
+from falcon_qlora.common.errors import EXIT_HANGING, memory_advice
 from falcon_qlora.config import Configuration
 from falcon_qlora.processes import agreement, endings, launcher, ranks
 from falcon_qlora.processes.command_clock import command_began
@@ -36,14 +36,32 @@ def train(configuration: Configuration) -> Path:
     began = command_began(default=time.time())
     # Processes that torchrun ends before it starts others may take a while to exit.
     patience = 60.0 if ranks.restart_count() else 0.5
+    less = memory_advice(_less_memory(configuration))
     with RunLock(note, patience_seconds=patience) as lock:
         if not configuration.run.dry_run:
-            return _train(configuration, lock, began)
+            with less:
+                return _train(configuration, lock, began)
         from falcon_qlora.training.dry_run import DryRun
 
-        with DryRun(configuration) as trial:
+        with DryRun(configuration) as trial, less:
             return _train(configuration, lock, began, trial)
         raise AssertionError("unreachable")
+
+
+def _less_memory(configuration: Configuration) -> str:
+    """What takes less of a GPU's memory."""
+    from falcon_qlora.training.sharding import ways_to_hold_less
+
+    run, data = configuration.run, configuration.data
+    ways, smallest = ["a smaller -b"], str(data.max_length)
+    if data.packing:
+        ways = [f"--batch_tokens {smallest}"] * (run.batch_tokens != smallest)
+    ways += ["a smaller --max_length"]
+    ways += ["--checkpointing offload"] * (run.checkpointing != "offload")
+    ways += ["--recipe smallest"] * (run.recipe != "smallest")
+    ways += ways_to_hold_less(configuration)
+    goes_on = "" if run.dry_run else ". A run goes on from its last checkpoint with --resume"
+    return f"take less: {', '.join(ways)}{goes_on}"
 
 
 def _train(configuration: Configuration, lock: RunLock, began: float, trial: DryRun | None = None) -> Path:
