@@ -63,6 +63,7 @@ class Checkpointer:
         every_minutes: save when this long has passed since the last save; 0: never.
         limit: how many are kept, the best included; 1: the newest and the best; None: all.
         weights_only: leave out what resuming needs.
+        address: of the run, for messages; None: it has none.
 
     Attributes:
         saved_step: of the newest checkpoint that was tried or resumed from.
@@ -78,6 +79,7 @@ class Checkpointer:
     every_minutes: float = 0.0
     limit: int | None = None
     weights_only: bool = False
+    address: str | None = None
     saved_step: int = field(default=-1, init=False)
     failure: str | None = field(default=None, init=False)
     # Whether a save is not settled yet, the same on all processes.
@@ -122,6 +124,10 @@ class Checkpointer:
     def checkpoint(self, step: int) -> Path:
         return self.folder / f"step-{step}"
 
+    def last_complete(self) -> str:
+        """See `write.last_complete`."""
+        return write.last_complete(self.folder, self.address)
+
     def reserve(self, model: nn.Module, optimizer: Any) -> None:
         """Allocate memory for the copies on a thread: pinning it takes a second, in which the GPU would wait.
 
@@ -155,7 +161,7 @@ class Checkpointer:
         self._arrive(step, writes=ranks.is_main_process())
         if not is_sharded(model):
             trained = (parameter for parameter in model.parameters() if parameter.requires_grad)
-            write.require_same_replicas(trained, self.folder, step=step)
+            write.require_same_replicas(trained, self.last_complete, step=step)
         processes = agreement.gather_objects(moment.process)
         if moment.state.best_global_step == step:
             moment.state.best_model_checkpoint = str(self.checkpoint(step))
@@ -260,7 +266,7 @@ class Checkpointer:
             )
         except AdapterFaultError as error:
             write.remove_unfinished(self.folder)
-            self._error = UserError(write.not_kept(error, self.folder, step=step))
+            self._error = UserError(write.not_kept(error, self.last_complete(), step=step))
         except Exception as error:
             self._error = error
 

@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import lru_cache
-from pathlib import Path
 from textwrap import indent
 from threading import Timer
 from typing import IO, Any
@@ -116,7 +115,7 @@ def print_start(rows: Sequence[tuple[str, str]], notes: Sequence[str]) -> None:
 
 def print_end(
     summary: Mapping[str, Any],
-    contents: Sequence[Path],
+    contents: Sequence[str],
     *,
     adapter: str,
     opened_with: Sequence[str] = (),
@@ -126,7 +125,7 @@ def print_end(
 
     Args:
         summary: the fields of `summary.json`.
-        contents: what was written: `RunDirectory.contents()`.
+        contents: what was written: `RunDirectory.told_contents()`.
         adapter: the adapter's folder, or the run's address, for the command that tries it.
         opened_with: flags of that command.
         checked: lines on what was proved.
@@ -164,7 +163,6 @@ def print_end(
     samples = f"{summary['samples_per_second_512']:,.3g} samples/s (512 computed positions each)"
     opened = " ".join([quoted(adapter), *opened_with])
     refused, overflowed = summary.get("refused_by_peft"), summary.get("overflowed_steps")
-    written = [f"{path}/" if path.is_dir() else str(path) for path in contents]
     rows = [
         ("steps", f"{summary['steps']:,}"),
         ("loss", joined(losses, best)),
@@ -181,7 +179,7 @@ def print_end(
             ),
         ),
         *[("" if index else "checked", told) for index, told in enumerate(checked)],
-        *[("" if index else "wrote", path) for index, path in enumerate(written)],
+        *[("" if index else "wrote", path) for index, path in enumerate(contents)],
         ("opens with", f"falcon_qlora, not plain PEFT (LoRA on {', '.join(refused)})" if refused else ""),
         ("try it", f'falcon-qlora generate --adapter {opened} --prompt "…"'),
     ]

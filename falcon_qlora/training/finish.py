@@ -83,7 +83,7 @@ def finish(
     replicas = None
     if not is_sharded(model):
         replicas = require_same_replicas(
-            replicated(model), directory.checkpoints, step=trainer.state.global_step
+            replicated(model), trainer.checkpointer.last_complete, step=trainer.state.global_step
         )
     require_moved(trainer)
     mine = peak_memory_gib(), round(trainer.reduction_share(), 4), checks.facts(trainer, base.quantize_mode)
@@ -169,8 +169,8 @@ def finish(
         told = checks.told_in_lines(proved)
         console.print_end(
             figures,
-            directory.contents(),
-            adapter=str(directory.adapter),
+            directory.told_contents(),
+            adapter=directory.address or str(directory.adapter),
             opened_with=["--offload_base"] * run.offload_base,
             checked=told,
         )
@@ -182,7 +182,7 @@ def leave_as_it_is(directory: RunDirectory, *, steps: int) -> None:
     endings.forget_siblings()
     lookout.end()
     console.note(
-        f"{directory.path} is done: nothing is left to train of {steps:,} steps, and nothing was changed. "
+        f"{directory.name} is done: nothing is left to train of {steps:,} steps, and nothing was changed. "
         "For more steps give --max_steps or --num_train_epochs; to begin anew, --overwrite"
     )
 
@@ -249,7 +249,8 @@ def _keep_adapter(
             return reason_of(error)
         except AdapterFaultError as error:
             trainer.checkpointer.join()  # which may be the last complete one
-            told = not_kept(error, directory.checkpoints, step=trainer.state.global_step)
+            last = trainer.checkpointer.last_complete()
+            told = not_kept(error, last, step=trainer.state.global_step)
             raise UserError(told) from None
         return None
 
@@ -262,7 +263,7 @@ def _keep_adapter(
         if tries_left:
             console.note(f"the adapter could not be written ({failure}); retrying in {_PAUSE_SECONDS:g} s")
             time.sleep(_PAUSE_SECONDS)
-    last = agreement.from_main_process(lambda: last_complete(directory.checkpoints))
+    last = agreement.from_main_process(trainer.checkpointer.last_complete)
     raise UserError(f"all steps are done, but {directory.adapter} could not be written ({failure}). {last}")
 
 
@@ -355,7 +356,7 @@ def stop(
         directory.draw_loss()
     where = f"stopped at step {stopped.step:,} of {steps:,}"
     if stopped.failure is not None:
-        last = agreement.from_main_process(lambda: last_complete(directory.checkpoints))
+        last = agreement.from_main_process(lambda: last_complete(directory.checkpoints, directory.address))
         raise UserError(f"{where}, but the checkpoint could not be saved ({stopped.failure}). {last}")
     if not resumable:
         kept = directory.checkpoints / f"step-{stopped.step}"

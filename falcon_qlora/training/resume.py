@@ -142,10 +142,11 @@ def _require_on_all_nodes(checkpoint: str) -> None:
 
 def _check_may_begin(directory: RunDirectory, resume: str) -> None:
     if resume != AUTO:
-        raise UserError(f"--resume: {directory} holds no checkpoint yet; {_another_way(directory)}")
+        raise UserError(f"--resume: {directory.name} holds no checkpoint yet; {_another_way(directory)}")
     if directory.adapter.exists():
         raise UserError(
-            f"--resume auto: {directory} holds a finished run without checkpoints; {_another_way(directory)}"
+            f"--resume auto: {directory.name} holds a finished run without checkpoints; "
+            f"{_another_way(directory)}"
         )
 
 

@@ -30,7 +30,6 @@ from trl import SFTConfig, SFTTrainer
 from falcon_qlora.checkpoint import process_state, resume
 from falcon_qlora.checkpoint.checkpointer import Checkpointer
 from falcon_qlora.checkpoint.content import Moment
-from falcon_qlora.checkpoint.write import last_complete
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.data.batches import Share, StreamingSteps, TrainingSteps, recut
 from falcon_qlora.data.origins import RowNames
@@ -345,7 +344,7 @@ class FalconTrainer(SFTTrainer):
             return
         self.settle()
         if self._ending is not None:
-            last = agreement.from_main_process(lambda: last_complete(self.checkpointer.folder))
+            last = agreement.from_main_process(self.checkpointer.last_complete)
             raise UserError(f"{self._ending}. {last}")
         if self.state.global_step < self.state.max_steps:
             raise Stopped(self.state.global_step, self.checkpointer.failure)

@@ -92,6 +92,9 @@ def test_killed_in_an_upload_it_goes_on_on_another_machine_to_the_last_bit(work:
     assert (status, errors) == (0, "")
     assert "going on from step 4" in output
     assert f"copied to {URL}" in output
+    end = output.partition(" done ")[2]
+    assert f"try it falcon-qlora generate --adapter {URL} --prompt" in end
+    assert end.count(str(second.run)) == 1
     assert_same_run(second.run, work / "reference_run")
     there = {name.removeprefix("bucket/run/"): name for name in objects(store)}
     assert by_url.steps_at(there) == by_url.steps_here(second.run)
