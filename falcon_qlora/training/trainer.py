@@ -292,6 +292,7 @@ class FalconTrainer(SFTTrainer):
         self._logged_step = self._began_at = self.state.global_step
         self.step.begin(self.optimizer.optimizer, self.accelerator, self._backward)
         self.step.shrink = self._shrink if self.cutter.may_shrink else None
+        self.step.room_bytes = self.cutter.optimizer_bytes if self._resumed is None else 0
         if zero3.is_zero3(self.model):  # its weights have moved; it never resumes from a checkpoint
             self._at_start = footprint(self.model)
         if self._resumed is not None:
