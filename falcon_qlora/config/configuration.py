@@ -112,7 +112,7 @@ class Configuration:
         }
         if values["save_steps"] is None:
             values["save_steps"] = _NO_STEP
-        _start_process_group(values)
+        _start_process_group(values, 60 * self.run.meet_minutes)
         if ranks.world_size() == 1:
             values.pop("ddp_backend", None)  # without a launcher there is no process group
         try:
@@ -323,15 +323,15 @@ def _hide_gpus() -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # read at the first use of a GPU, here and in the workers
 
 
-def _start_process_group(values: dict[str, Any]) -> None:
+def _start_process_group(values: dict[str, Any], patience_seconds: float) -> None:
     """Have Accelerate start the process group on a fresh store, without entries from before a restart."""
     import torch.distributed as dist
     from accelerate import PartialState
 
-    from falcon_qlora.processes import agreement, ranks
+    from falcon_qlora.processes import meeting, ranks
 
     seconds = float(values.get("ddp_timeout") or _GROUP_SECONDS)
-    store = None if dist.is_initialized() else agreement.fresh_store(seconds)
+    store = None if dist.is_initialized() else meeting.fresh_store(patience_seconds, seconds)
     if store is not None:
         PartialState(
             cpu=values["use_cpu"],

@@ -86,8 +86,8 @@ READERS = {
     "common/host_memory.py": None,
     "processes/launcher.py": None,
     "processes/cores.py": None,
-    "processes/agreement.py": None,  # as the next: what ranks write into torch's store
-    "processes/lookout.py": None,
+    "processes/lookout.py": None,  # as the next: what ranks write into torch's store
+    "processes/meeting.py": None,
     "run_folder/environment.py": None,
     "training/alike.py": None,
     "models/locate.py": test_untrusted.test_no_model_makes_the_loader_crash,
