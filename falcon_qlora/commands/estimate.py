@@ -151,7 +151,7 @@ def _tokenizer(configuration: Configuration) -> Any:
         if not isinstance(cached, str):
             raise UserError(
                 f"the tokenizer of {name} is not on this machine, and the hub is not asked; `falcon-qlora "
-                "data` with the same flags fetches it"
+                "data` with the training's flags fetches it"
             )
         name = str(Path(cached).parent)
     loaded = load_tokenizer(base.model_name_or_path, tokenizer_name_or_path=name)

@@ -113,6 +113,7 @@ def load_model(
             processes=ranks.world_size() if share_out else 1,
             offloaded=offload,
             ways=ways,
+            fixed=scheme is not None,
         )
     if offload:
         check_host(
@@ -120,6 +121,7 @@ def load_model(
             quantize_mode,
             double_quantization=double_quantization,
             compute_bytes=dtype.itemsize,
+            fixed=scheme is not None,
         )
     model = empty_model(
         checkpoint.config,

@@ -92,6 +92,7 @@ def check(configuration: Configuration, lock: RunLock) -> Start:
             overwrite=run.overwrite,
             restarted=ranks.restart_count() > 0,
             make=make,
+            dry_run=run.dry_run,
         )
         if path.is_dir() and not run.dry_run:
             lock.take(path)
@@ -158,9 +159,11 @@ def _check_model(configuration: Configuration) -> PreTrainedConfig:
 
     from falcon_qlora.kernels import fp8
     from falcon_qlora.methods.interface import trainable_count
+    from falcon_qlora.models.fingerprint import folder_here
     from falcon_qlora.models.layouts import layout_of
     from falcon_qlora.models.load import check_mode_runs_on
     from falcon_qlora.models.locate import find_config
+    from falcon_qlora.models.schemes import scheme_in
     from falcon_qlora.models.sizes import check_fits, check_host
     from falcon_qlora.models.zero3 import check_installed
 
@@ -177,6 +180,8 @@ def _check_model(configuration: Configuration) -> PreTrainedConfig:
         lambda: find_config(settings.model_name_or_path, revision=settings.model_revision)
     )
     trainable = trainable_count(method, config)
+    stored = scheme_in(folder_here(settings.model_name_or_path, revision=settings.model_revision))
+    fixed = stored is not None or method.needs_16bit is not None
     if run.offload_base:
         check_host(
             config,
@@ -184,6 +189,7 @@ def _check_model(configuration: Configuration) -> PreTrainedConfig:
             double_quantization=settings.double_quantization,
             compute_bytes=dtype.itemsize,
             processes=ranks.local_world_size(),
+            fixed=fixed,
         )
     if device.type != "cuda":
         count = layout_of(config).parameter_count()
@@ -202,5 +208,6 @@ def _check_model(configuration: Configuration) -> PreTrainedConfig:
         processes=ranks.world_size() if sharding.shares_out_base(configuration) else 1,
         offloaded=run.offload_base,
         ways=sharding.ways_to_hold_less(configuration),
+        fixed=fixed,
     )
     return config

@@ -32,11 +32,13 @@ def train(configuration: Configuration) -> Path:
     """
     from falcon_qlora.run_folder.lock import RunLock
     from falcon_qlora.terminal.console import note
+    from falcon_qlora.training.sharding import ways_to_take_less
 
     began = command_began(default=time.time())
     # Processes that torchrun ends before it starts others may take a while to exit.
     patience = 60.0 if ranks.restart_count() else 0.5
-    less = memory_advice(_less_memory(configuration))
+    goes_on = "" if configuration.run.dry_run else ". A run goes on from its last checkpoint with --resume"
+    less = memory_advice(f"take less: {', '.join(ways_to_take_less(configuration))}{goes_on}")
     with RunLock(note, patience_seconds=patience) as lock:
         if not configuration.run.dry_run:
             with less:
@@ -46,22 +48,6 @@ def train(configuration: Configuration) -> Path:
         with DryRun(configuration) as trial, less:
             return _train(configuration, lock, began, trial)
         raise AssertionError("unreachable")
-
-
-def _less_memory(configuration: Configuration) -> str:
-    """What takes less of a GPU's memory."""
-    from falcon_qlora.training.sharding import ways_to_hold_less
-
-    run, data = configuration.run, configuration.data
-    ways, smallest = ["a smaller -b"], str(data.max_length)
-    if data.packing:
-        ways = [f"--batch_tokens {smallest}"] * (run.batch_tokens != smallest)
-    ways += ["a smaller --max_length"]
-    ways += ["--checkpointing offload"] * (run.checkpointing != "offload")
-    ways += ["--recipe smallest"] * (run.recipe != "smallest")
-    ways += ways_to_hold_less(configuration)
-    goes_on = "" if run.dry_run else ". A run goes on from its last checkpoint with --resume"
-    return f"take less: {', '.join(ways)}{goes_on}"
 
 
 def _train(configuration: Configuration, lock: RunLock, began: float, trial: DryRun | None = None) -> Path:
@@ -80,7 +66,7 @@ def _train(configuration: Configuration, lock: RunLock, began: float, trial: Dry
         from falcon_qlora.training.alike import check_alike
         from falcon_qlora.training.base import check_base
         from falcon_qlora.training.disk import check_disk, waiting_saves
-        from falcon_qlora.training.sharding import shard_if_wanted, shares_out_base
+        from falcon_qlora.training.sharding import shard_if_wanted, shares_out_base, ways_to_take_less
 
         if not gc.isenabled():  # as `falcon_qlora.train` has it; what the libraries made stays
             gc.freeze()
@@ -105,7 +91,8 @@ def _train(configuration: Configuration, lock: RunLock, began: float, trial: Dry
     configuration.log_steps_of_short_run(data.total_steps)
     if trial is None and resume.is_done(start.directory, start.checkpoint, data.total_steps):
         finish.leave_as_it_is(start.directory, steps=data.total_steps)
-        finish.mirror_rest(Mirror.of(start.directory, limit=training.save_total_limit, goes_on=True))
+        mirror = Mirror.of(start.directory, limit=training.save_total_limit, goes_on=True)
+        finish.mirror_rest(start.directory, mirror)
         finish.upload(start.directory, training)
         return start.directory.path
 
@@ -173,7 +160,7 @@ def _train(configuration: Configuration, lock: RunLock, began: float, trial: Dry
         if trial is not None:
             trial.try_parts(trainer)
         with phase("first_step", "preparing the first step"):
-            warm_up(trainer, run, max_length=max_length)
+            warm_up(trainer, ways_to_take_less(configuration))
         start.trackers.start(
             directory=directory,
             config=configuration.resolved(),
@@ -240,6 +227,6 @@ def _train(configuration: Configuration, lock: RunLock, began: float, trial: Dry
         raise
     else:
         trainer.close()
-        finish.mirror_rest(mirror)
+        finish.mirror_rest(directory, mirror)
         finish.upload(directory, training)
     return directory.path

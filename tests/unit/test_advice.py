@@ -118,6 +118,8 @@ ADVICE: list[tuple[str, list[Step]]] = [
     (f"{TRAIN} --resume", [("as (--resume) PATH", "--resume", " runs/old")]),
     (f"{TRAIN} --output_dir runs/old", [(r"\((--resume)\)", "", "")]),
     (f"{TRAIN} --output_dir runs/old", [(r"\((--overwrite)\)", "", "")]),
+    (f"{TRAIN} --dry_run --output_dir runs/old",
+     [(r"already\. Replace it \((--overwrite)\)", "", "")]),
     (f"{TRAIN} --resume runs/old --output_dir new", [("leave --output_dir out()", "--output_dir new", "")]),
     # Rows
     (f"{DATA} odd.jsonl", [("Name your columns with (--text_column)", "", " words")]),
