@@ -17,12 +17,14 @@ allocator.use_expandable_segments()  # before torch is loaded
 gc.disable()  # until the libraries are loaded: looking for garbage takes a fifth of that time
 late_imports.put_off()
 
+from falcon_qlora.common.errors import UserError  # noqa: E402
 from falcon_qlora.config import parse  # noqa: E402
 from falcon_qlora.processes import (  # noqa: E402
     devices,
     endings,
     launcher,
     lookout,
+    meeting,
     ranks,
     scheduler,
     stop_signals,
@@ -49,8 +51,17 @@ def main() -> None:
 
 
 def _train() -> None:
-    lookout.begin()
-    train(parse(sys.argv[1:]))
+    patience, fault, configuration = meeting.PATIENCE_SECONDS, None, None
+    try:
+        configuration = parse(sys.argv[1:])
+        patience = 60 * configuration.run.meet_minutes
+    except UserError as error:
+        fault = error
+    lookout.begin(patience)  # so that all nodes hear of a fault
+    if configuration is None:
+        assert fault is not None
+        raise fault
+    train(configuration)
 
 
 if __name__ == "__main__":

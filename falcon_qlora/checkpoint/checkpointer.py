@@ -26,11 +26,12 @@ from torch import Tensor, nn
 from falcon_qlora.checkpoint import write
 from falcon_qlora.checkpoint.adapter_check import AdapterFaultError
 from falcon_qlora.checkpoint.content import Content, Filling, Moment, content_of
-from falcon_qlora.checkpoint.host_copy import HostCopies, free_host_bytes, tensors_in
+from falcon_qlora.checkpoint.host_copy import HostCopies, tensors_in
 from falcon_qlora.checkpoint.manifest import fault
 from falcon_qlora.checkpoint.optimizer_parts import own_part, write_part
 from falcon_qlora.common.errors import UserError, reason_of
 from falcon_qlora.common.files import flush, put_in_place
+from falcon_qlora.common.host_memory import free_host_bytes
 from falcon_qlora.common.quantities import gib
 from falcon_qlora.methods.interface import method_of
 from falcon_qlora.models.sharded import is_sharded, take_part, whole_bytes, whole_tensors
@@ -62,6 +63,7 @@ class Checkpointer:
         every_minutes: save when this long has passed since the last save; 0: never.
         limit: how many are kept, the best included; 1: the newest and the best; None: all.
         weights_only: leave out what resuming needs.
+        address: of the run, for messages; None: it has none.
 
     Attributes:
         saved_step: of the newest checkpoint that was tried or resumed from.
@@ -77,6 +79,7 @@ class Checkpointer:
     every_minutes: float = 0.0
     limit: int | None = None
     weights_only: bool = False
+    address: str | None = None
     saved_step: int = field(default=-1, init=False)
     failure: str | None = field(default=None, init=False)
     # Whether a save is not settled yet, the same on all processes.
@@ -121,6 +124,10 @@ class Checkpointer:
     def checkpoint(self, step: int) -> Path:
         return self.folder / f"step-{step}"
 
+    def last_complete(self) -> str:
+        """See `write.last_complete`."""
+        return write.last_complete(self.folder, self.address)
+
     def reserve(self, model: nn.Module, optimizer: Any) -> None:
         """Allocate memory for the copies on a thread: pinning it takes a second, in which the GPU would wait.
 
@@ -154,7 +161,7 @@ class Checkpointer:
         self._arrive(step, writes=ranks.is_main_process())
         if not is_sharded(model):
             trained = (parameter for parameter in model.parameters() if parameter.requires_grad)
-            write.require_same_replicas(trained, self.folder, step=step)
+            write.require_same_replicas(trained, self.last_complete, step=step)
         processes = agreement.gather_objects(moment.process)
         if moment.state.best_global_step == step:
             moment.state.best_model_checkpoint = str(self.checkpoint(step))
@@ -259,7 +266,7 @@ class Checkpointer:
             )
         except AdapterFaultError as error:
             write.remove_unfinished(self.folder)
-            self._error = UserError(write.not_kept(error, self.folder, step=step))
+            self._error = UserError(write.not_kept(error, self.last_complete(), step=step))
         except Exception as error:
             self._error = error
 

@@ -4,28 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from safetensors import SafetensorError
 from torch import Tensor
 
 from falcon_qlora.checkpoint.adapter_check import AdapterFaultError
-from falcon_qlora.checkpoint.manifest import newest_whole, step_folders
+from falcon_qlora.checkpoint.manifest import newest_whole, read_manifest, step_folders
 from falcon_qlora.common.errors import UserError, first_line
+from falcon_qlora.common.files import quoted
 from falcon_qlora.processes import agreement
 
 _REPLACED = "replaced-step-"
 
 
-def require_same_replicas(tensors: Iterable[Tensor], checkpoints: Path, *, step: int) -> str:
+def require_same_replicas(tensors: Iterable[Tensor], last: Callable[[], str], *, step: int) -> str:
     """Refuse to save if the replicas have diverged.
 
     A resumed run loads the saved replica on every process, so nobody would ever notice.
 
     Args:
         tensors: of this process; every process calls this.
-        checkpoints: the folder of earlier checkpoints.
+        last: a sentence on the last complete checkpoint; called on the main process.
         step: of the run.
 
     Returns:
@@ -37,25 +38,31 @@ def require_same_replicas(tensors: Iterable[Tensor], checkpoints: Path, *, step:
     try:
         return agreement.check_replicas(tensors)
     except agreement.ReplicasDifferError as error:
-        last = agreement.from_main_process(lambda: last_complete(checkpoints))
         raise UserError(
             f"step {step:,}: the replicas diverged: {error}. Nothing was saved: check the GPUs of these "
-            f"ranks and their memory. {last}"
+            f"ranks and their memory. {agreement.from_main_process(last)}"
         ) from None
 
 
-def not_kept(error: AdapterFaultError, checkpoints: Path, *, step: int) -> str:
-    """The message for a saved adapter that is not the one in memory."""
-    last = last_complete(checkpoints)
+def not_kept(error: AdapterFaultError, last: str, *, step: int) -> str:
+    """The message for a saved adapter that is not the one in memory; `last` as from `last_complete`."""
     return f"step {step:,}: what was saved failed its check and was not kept: {error}. {last}"
 
 
-def last_complete(checkpoints: Path) -> str:
-    """A sentence that names the last complete checkpoint."""
+def last_complete(checkpoints: Path, address: str | None) -> str:
+    """A sentence that names the last complete checkpoint, and how to go on from it.
+
+    Args:
+        checkpoints: the folder of a run's checkpoints.
+        address: of the run, if it has one: by it the run goes on there too.
+    """
     whole, _ = newest_whole(checkpoints)
     if whole is None:
         return "There is no complete checkpoint."
-    return f"The last complete checkpoint is {whole}: resume it with --resume."
+    if not read_manifest(whole).get("resumable"):
+        return f"The last complete checkpoint is {whole}, weights only: the run cannot be resumed."
+    how = "resume it with --resume" if address is None else f"go on from it with --resume {quoted(address)}"
+    return f"The last complete checkpoint is {whole}: {how}."
 
 
 @contextlib.contextmanager

@@ -7,10 +7,11 @@ memory and speed that training itself goes by. No GPU, no network and no torch.
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ from falcon_qlora.training.cards import CARDS, Card, card_of
 from falcon_qlora.training.cuts import as_trained
 from falcon_qlora.training.estimate import Estimate, Estimator
 from falcon_qlora.training.rows import global_batch
+from falcon_qlora.training.sharding import ways_to_hold_less
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -149,7 +151,7 @@ def _tokenizer(configuration: Configuration) -> Any:
         if not isinstance(cached, str):
             raise UserError(
                 f"the tokenizer of {name} is not on this machine, and the hub is not asked; `falcon-qlora "
-                "data` with the same flags fetches it"
+                "data` with the training's flags fetches it"
             )
         name = str(Path(cached).parent)
     loaded = load_tokenizer(base.model_name_or_path, tokenizer_name_or_path=name)
@@ -315,6 +317,8 @@ def _tell_card(estimator: Estimator, card: Card, found: Estimate) -> None:
     else:
         short = found.card_gib - card.gib
         print_plain(f"does not fit {has}: {found.card_gib:.1f} GiB, {short:.1f} GiB short")
+        if (told := _told_offloaded(estimator, card)) is not None:
+            print_plain(told)
     table = _table("largest micro batch", "-b", "tokens", "GiB", "tokens/s")
     for what, sequences in largest.items():
         if not sequences:
@@ -332,6 +336,21 @@ def _tell_card(estimator: Estimator, card: Card, found: Estimate) -> None:
     console().print(table)
     if found.passes is not None:
         print_plain(_told_copies(found.passes))
+
+
+def _told_offloaded(estimator: Estimator, card: Card) -> str | None:
+    """What ``--offload_base`` comes to on a card that does not hold the run; None where it cannot help."""
+    asked, offloaded = estimator.configuration, copy.copy(estimator)
+    if "--offload_base" not in ways_to_hold_less(asked):
+        return None
+    offloaded.configuration = replace(asked, run=replace(asked.run, offload_base=True))
+    found = as_trained(offloaded, card)
+    if not found.fits:
+        return None
+    return (
+        f"--offload_base fits it: {found.card_gib:.1f} GiB, --checkpointing {found.checkpointing}, and "
+        f"{found.host_bytes / GIB:.1f} GiB of CPU memory for each GPU"
+    )
 
 
 def _told_copies(passes: tuple[tuple[float, float], tuple[float, float]]) -> str:

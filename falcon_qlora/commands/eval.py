@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from falcon_qlora.commands.first_look import look_at_held_out, look_at_rows
-from falcon_qlora.commands.opening import note_aside, parse_with_run, source_of
+from falcon_qlora.commands.opening import less_memory, note_aside, parse_with_run, source_of
 from falcon_qlora.commands.words import split
 from falcon_qlora.common.errors import UserError, first_line, nearest, printable
 from falcon_qlora.common.files import check_writable, write_json
@@ -58,11 +58,12 @@ def main(argv: list[str]) -> int:
     say_loading(aside=True)
     quiet_libraries()
     source, _ = source_of(configuration, folder, named=named)
-    if wanted.tasks:
-        figures = _run_tasks(configuration, source, wanted.tasks)
-    else:
-        rows_are_named = "dataset_name" in named and "eval_split" not in named
-        figures = _measure(configuration, source, run, all_rows=rows_are_named)
+    with less_memory(source, "a smaller -b or --max_length"):
+        if wanted.tasks:
+            figures = _run_tasks(configuration, source, wanted.tasks)
+        else:
+            rows_are_named = "dataset_name" in named and "eval_split" not in named
+            figures = _measure(configuration, source, run, all_rows=rows_are_named)
     width = max(len(name) for name in figures) + 2
     for name, value in figures.items():
         label = name if " " in name else name.replace("_", " ")  # a task's name stays as it is

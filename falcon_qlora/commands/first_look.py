@@ -63,6 +63,7 @@ def _look_at_output(configuration: Configuration) -> None:
         resume=run.resume,
         overwrite=run.overwrite,
         make=False,
+        dry_run=run.dry_run,
     )
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from falcon_qlora.commands.opening import merge_record, note_aside, source_of
+from falcon_qlora.commands.opening import less_memory, merge_record, note_aside, source_of
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.common.settings import setting
 from falcon_qlora.common.untrusted import read_text
@@ -79,18 +79,19 @@ def main(argv: list[str]) -> int:
     _template(configuration, record, None)  # a missing one is reported before the model is loaded
     if configuration.model.compute_dtype == "fp8":
         note_aside("running in bfloat16: FP8 needs packed documents")
-    model, tokenizer = load_adapted(source)
-    template = _template(configuration, record, tokenizer)
-    assert template is not None
-    speaker = Speaker(model=model, tokenizer=tokenizer, template=template)
-    printer = _Printer(speaker=speaker, wanted=wanted, seed=configuration.run.seed)
-    if wanted.chat:
-        printer.chat()
-        return 0
-    for prompt in [_standard_input()] if prompts is None else prompts:
-        if prompts is not None and (len(prompts) > 1 or wanted.compare):
-            print(f"> {prompt}")
-        printer.answer(prompt)
+    with less_memory(source, "a smaller --max_new_tokens"):
+        model, tokenizer = load_adapted(source)
+        template = _template(configuration, record, tokenizer)
+        assert template is not None
+        speaker = Speaker(model=model, tokenizer=tokenizer, template=template)
+        printer = _Printer(speaker=speaker, wanted=wanted, seed=configuration.run.seed)
+        if wanted.chat:
+            printer.chat()
+            return 0
+        for prompt in [_standard_input()] if prompts is None else prompts:
+            if prompts is not None and (len(prompts) > 1 or wanted.compare):
+                print(f"> {prompt}")
+            printer.answer(prompt)
     return 0
 
 

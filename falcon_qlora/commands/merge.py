@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from falcon_qlora.commands.first_look import look_at_held_out
-from falcon_qlora.commands.opening import parse_with_run, source_of
+from falcon_qlora.commands.opening import less_memory, parse_with_run, source_of
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.common.files import quoted, remove_leftovers, sha256
 from falcon_qlora.common.settings import setting
@@ -96,7 +96,7 @@ def main(argv: list[str]) -> int:
     request = _request(source, wanted, folder, largest_file, choose_by)
     remove_leftovers(out)
     check_disk(out, needed_bytes(request))
-    with progress() as say:
+    with progress() as say, less_memory(source, "a smaller -b or --max_length"):
         certificate = _merge(configuration, source, request, out, run, record, say)
     _tell(certificate, out)
     if hub is not None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Collection
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from falcon_qlora.commands.first_look import look_at_model
-from falcon_qlora.common.errors import UserError, printable
+from falcon_qlora.common.errors import UserError, memory_advice, printable
 from falcon_qlora.common.record_files import CERTIFICATE
 from falcon_qlora.common.untrusted import read_json
 from falcon_qlora.config import Configuration, configure, read_flags
@@ -33,13 +34,13 @@ def parse_with_run(
         adapter's folder; and its run. The last two are None if there is none.
     """
     given = read_flags(argv, verb=verb, extra_arguments=extra_arguments)
-    configuration = configure(given, extra_arguments=extra_arguments)
+    configuration = configure(given, verb=verb, extra_arguments=extra_arguments)
     named, adapter = configuration.explicit.keys(), configuration.extra.adapter
     folder = adapter_folder(adapter) if adapter else None
     run = RunDirectory.of_adapter(folder) if folder is not None else None
     if run is not None and configuration.run.config is None:
         given["config"] = str(run.config_file)
-        configuration = configure(given, extra_arguments=extra_arguments)
+        configuration = configure(given, verb=verb, extra_arguments=extra_arguments)
     return configuration, named, folder, run
 
 
@@ -118,7 +119,13 @@ def source_of(
         kernels=settings.kernels,
         kernels_are_named="flag" in {explicit.get("kernels"), explicit.get("compute_dtype")},
         adapter=None if whole else folder,
+        offload=configuration.run.offload_base,
     ), record
+
+
+def less_memory(source: Source, *ways: str) -> AbstractContextManager[None]:
+    """Have the message for a GPU's memory that runs out in the block name what takes less."""
+    return memory_advice(f"take less: {', '.join([*ways, *source.ways_to_hold_less])}")
 
 
 def _say_whether_other(record: dict[str, Any], folder: Path, base: str, revision: str | None) -> None:

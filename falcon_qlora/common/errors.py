@@ -111,6 +111,17 @@ def told_in_one_line() -> Iterator[None]:
         raise
 
 
+@contextlib.contextmanager
+def memory_advice(told: str) -> Iterator[None]:
+    """Have `message_of` say what else to do where a GPU's memory runs out in the block."""
+    try:
+        yield
+    except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError":
+            error.add_note(told)
+        raise
+
+
 def without_credentials(text: str) -> str:
     """`text` without the user names, passwords and keys in its URLs."""
     return _URL.sub(
@@ -127,10 +138,10 @@ def message_of(error: Exception) -> str | None:
     """One line for an error of the user, a disk, a file, a GPU or native code; None for any other."""
     if type(error).__name__ == "OutOfMemoryError":  # torch's: recognised by name, without importing torch
         asked = ". ".join(str(error).split(". ")[:2]).rstrip(".")
+        advice = "".join(f", or {told}" for told in getattr(error, "__notes__", ()))
         return (
             f"error: {asked}: a GPU's memory ran out where the work cannot be done in smaller pieces. Free "
-            "memory on it, or take less: a smaller -b or --max_length, --checkpointing offload, --recipe "
-            "smallest. A run goes on from its last checkpoint with --resume"
+            f"memory on it{advice}"
         )
     if isinstance(error, UserError | PanicError):
         return f"error: {error}"

@@ -240,6 +240,11 @@ class RunArguments:
         "End the run where a process hangs for so long, naming it; 0: never.",
         least=0,
     )
+    meet_minutes: float = setting(
+        5.0,
+        "Wait so long at the start for processes that have not come, and say which they are.",
+        above=0,
+    )
     sharding: Literal["auto", "none", "fsdp", "zero3"] = setting(
         "auto",
         "How several processes hold the model.\n"

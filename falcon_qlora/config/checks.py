@@ -5,7 +5,7 @@ Within one layer they contradict each other, which is an error.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from falcon_qlora.common.settings import settings_of
 from falcon_qlora.config.parser import FLAG, Layer, as_words, refuse
 from falcon_qlora.config.paths import on_the_hub
 from falcon_qlora.config.trainer_arguments import TrainerArguments
+from falcon_qlora.methods.interface import Method
 from falcon_qlora.methods.new_tokens import named_tokens
 from falcon_qlora.methods.table import METHODS, method_from, method_settings
 
@@ -95,20 +96,21 @@ def settle(values: Values, laid: Laid) -> None:
         values["logging_steps"] = 1
 
 
-def check(values: Values, where: dict[str, str]) -> None:
+def check(values: Values, where: dict[str, str], *, trains: bool) -> None:
     """Check the settled values.
 
     Args:
         values: every setting's value.
         where: how to name each given setting to the user.
+        trains: whether they are for training; what is opened later may lie elsewhere than it was trained.
 
     Raises:
         UserError: naming all invalid settings, and what is valid.
     """
-    refuse([*_faults(values, where)])
+    refuse([*_faults(values, where, trains)])
 
 
-def _faults(values: Values, where: dict[str, str]) -> Iterator[str]:
+def _faults(values: Values, where: dict[str, str], trains: bool) -> Iterator[str]:
     def name(setting: str) -> str:
         return where.get(setting, f"--{setting}")
 
@@ -138,12 +140,8 @@ def _faults(values: Values, where: dict[str, str]) -> Iterator[str]:
         excluded = fp8_excludes(kernels=values["kernels"], **method.fp8_facts())
         if excluded is not None and values["compute_dtype"] == "fp8":
             yield f"{name('compute_dtype')}: {excluded}"
-        if values["offload_base"] and method.is_whole:
-            yield f"{name('offload_base')}: --method full trains every weight; give an adapter's method"
-        elif values["offload_base"] and method.why_base_stays_whole is not None:
-            yield f"{name('offload_base')}: {method.why_base_stays_whole}; drop it, or --use_dora"
-    if values["offload_base"] and values["sharding"] == "fsdp":
-        yield f"{name('offload_base')} and --sharding fsdp both say where the base lies; give one of them"
+        if values["offload_base"] and trains:
+            yield from _offloading_faults(values, name, method)
     if values["adapter_sha256"] and not values["adapter"]:
         yield f"{name('adapter_sha256')} is the hash of an adapter's weights: give --adapter too"
     if values["resume"] and values["overwrite"]:
@@ -161,6 +159,15 @@ def _faults(values: Values, where: dict[str, str]) -> Iterator[str]:
         yield f"{name('push_to_hub')} needs to know where to: give --hub_model_id NAME/MODEL"
     if values["sample_prompts"] and not values["generate_samples"]:
         yield f"{name('sample_prompts')} needs --generate_samples, the number of answers to generate"
+
+
+def _offloading_faults(values: Values, name: Callable[[str], str], method: Method) -> Iterator[str]:
+    if method.is_whole:
+        yield f"{name('offload_base')}: --method full trains every weight; give an adapter's method"
+    elif method.why_base_stays_whole is not None:
+        yield f"{name('offload_base')}: {method.why_base_stays_whole}; drop it, or --use_dora"
+    if values["sharding"] == "fsdp":
+        yield f"{name('offload_base')} and --sharding fsdp both say where the base lies; give one of them"
 
 
 def _batch_tokens_faults(values: Values, where: str) -> Iterator[str]:

@@ -112,7 +112,7 @@ class Configuration:
         }
         if values["save_steps"] is None:
             values["save_steps"] = _NO_STEP
-        _start_process_group(values)
+        _start_process_group(values, 60 * self.run.meet_minutes)
         if ranks.world_size() == 1:
             values.pop("ddp_backend", None)  # without a launcher there is no process group
         try:
@@ -148,7 +148,7 @@ class Configuration:
 def parse(argv: list[str], *, verb: str | None = None, extra_arguments: type | None = None) -> Configuration:
     """Read a command line: `configure` with what `read_flags` finds."""
     settings = read_flags(argv, verb=verb, extra_arguments=extra_arguments)
-    return configure(settings, extra_arguments=extra_arguments)
+    return configure(settings, verb=verb, extra_arguments=extra_arguments)
 
 
 def read_flags(
@@ -185,13 +185,15 @@ def read_flags(
     return {name: value for name, value in given.items() if name not in launch}
 
 
-def configure(settings: Mapping[str, Any], *, extra_arguments: type | None = None) -> Configuration:
+def configure(
+    settings: Mapping[str, Any], *, verb: str | None = None, extra_arguments: type | None = None
+) -> Configuration:
     """Make the configuration; these settings win over those of files and recipes.
 
     Args:
         settings: by name, as flags would give them; `config` is a file with more. With `resume` and no
             `config`, settings that are not given are those of the resumed run.
-        extra_arguments: as for `read_flags`.
+        verb, extra_arguments: as for `read_flags`.
 
     Raises:
         UserError: for anything the user can fix; the message names the flag, or the file and key.
@@ -228,7 +230,8 @@ def configure(settings: Mapping[str, Any], *, extra_arguments: type | None = Non
     trusts_base = not (of_run and "model_name_or_path" in laid and laid["model_name_or_path"][1].rank == 2)
     if trusts_base:
         follow_checkpoint(laid)
-    configuration = _configuration(parser, laid, recipe, extra_arguments)
+    trains = verb is None or "sharding" in VERBS[verb].uses()
+    configuration = _configuration(parser, laid, recipe, extra_arguments, trains=trains)
     configuration.passed_over = {layer.origin: layer.passed_over for layer in layers if layer.passed_over}
     configuration.kept = kept
     return configuration
@@ -284,7 +287,7 @@ def _settings_of_the_run(flags: Mapping[str, Any]) -> str | None:
 
 
 def _configuration(
-    parser: FalconParser, laid: checks.Laid, recipe: str, extra_arguments: type | None
+    parser: FalconParser, laid: checks.Laid, recipe: str, extra_arguments: type | None, *, trains: bool
 ) -> Configuration:
     ours = {each.name for each in our_settings()}
     values = {name: copy.deepcopy(parser.settings[name].default) for name in ours}
@@ -294,7 +297,7 @@ def _configuration(
     given = {name: layer for name, (_, layer) in laid.items() if layer.rank > 0}
     checks.settle(values, laid)
     where = {name: layer.where(name) for name, layer in given.items()}
-    checks.check(values, where)
+    checks.check(values, where, trains=trains)
     if values["device"] == "cpu":
         _hide_gpus()
     values = with_absolute_paths(values, data=False)
@@ -320,15 +323,15 @@ def _hide_gpus() -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # read at the first use of a GPU, here and in the workers
 
 
-def _start_process_group(values: dict[str, Any]) -> None:
+def _start_process_group(values: dict[str, Any], patience_seconds: float) -> None:
     """Have Accelerate start the process group on a fresh store, without entries from before a restart."""
     import torch.distributed as dist
     from accelerate import PartialState
 
-    from falcon_qlora.processes import agreement, ranks
+    from falcon_qlora.processes import meeting, ranks
 
     seconds = float(values.get("ddp_timeout") or _GROUP_SECONDS)
-    store = None if dist.is_initialized() else agreement.fresh_store(seconds)
+    store = None if dist.is_initialized() else meeting.fresh_store(patience_seconds, seconds)
     if store is not None:
         PartialState(
             cpu=values["use_cpu"],

@@ -25,7 +25,7 @@ def _all() -> frozenset[str]:
 
 _FILES = frozenset({"recipe", "config"})
 _TOKENIZER = frozenset("model_name_or_path tokenizer_name_or_path model_revision".split())
-_MODEL = _names(ModelArguments) | {"device"}
+_OPENED = _names(ModelArguments) | {"device", "offload_base"}
 _START = frozenset({"adapter", "adapter_sha256"})
 _ORDER = frozenset("packing padding train_sampling_strategy streaming".split())  # these change no document
 _ROWS = _names(DataArguments) - _ORDER | {"hang_minutes"}
@@ -129,7 +129,7 @@ VERBS: Mapping[str, Verb] = {
         Verb(
             name="generate",
             summary="answer a prompt with a base model and an adapter",
-            uses=lambda: _FILES | _MODEL | {"template", "dataset_format", "seed", "hang_minutes"},
+            uses=lambda: _FILES | _OPENED | {"template", "dataset_format", "seed", "hang_minutes"},
             examples=('--adapter runs/first --prompt "What is a falcon?"', "-m tiny --prompt Once"),
         ),
         Verb(
@@ -152,7 +152,7 @@ VERBS: Mapping[str, Verb] = {
         Verb(
             name="merge",
             summary="merge an adapter into its base model, with proof of what that did",
-            uses=lambda: _FILES | _MODEL | _ROWS
+            uses=lambda: _FILES | _OPENED | _ROWS
             | {"seed", "per_device_train_batch_size", "overwrite", "push_to_hub"}
             | {"hub_model_id", "hub_private_repo", "hub_revision", "hub_token"},
             examples=("--adapter runs/first --out merged",),
@@ -165,7 +165,7 @@ VERBS: Mapping[str, Verb] = {
         Verb(
             name="eval",
             summary="perplexity and answer loss of a base model, an adapter or a merge",
-            uses=lambda: _FILES | _MODEL | _ROWS | {"seed", "per_device_train_batch_size"},
+            uses=lambda: _FILES | _OPENED | _ROWS | {"seed", "per_device_train_batch_size"},
             examples=("--adapter runs/first --dataset_name sample --most_tokens 4096",),
         ),
     )

@@ -26,6 +26,7 @@ class Source:
         kernels_are_named: whether the user named them, or the compute dtype; else a run's own path takes
             precedence.
         adapter: the folder of what was trained on it, or None.
+        offload: whether the blocks' linears are in CPU memory, see `host_base`.
     """
 
     model: str
@@ -39,6 +40,12 @@ class Source:
     kernels: str = "auto"
     kernels_are_named: bool = False
     adapter: Path | None = None
+    offload: bool = False
+
+    @property
+    def ways_to_hold_less(self) -> list[str]:
+        """Flags with which less of the base would be on this device."""
+        return [] if self.offload else ["--offload_base"]
 
 
 def adapter_folder(name: str) -> Path:
@@ -75,6 +82,8 @@ def load_adapted(source: Source) -> tuple[Any, Any]:
         norms_in_float32=source.norms_in_float32,
         llm_int8_threshold=source.llm_int8_threshold,
         revision=source.revision,
+        offload=source.offload,
+        ways=source.ways_to_hold_less,
     )
     tokenizer = tokenizer_of(source)
     if saved is not None:

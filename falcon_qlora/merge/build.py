@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -232,5 +232,15 @@ def _choose(request: Request, measured: dict[Onto, Measured], adapter_loss: floa
     raise UserError(
         f"The merge is worse than the adapter, whose loss on the held-out text is {adapter_loss:.4f}: {told}."
         f" Allowed are --max_loss_increase {request.max_loss_increase:g} and --max_kl_divergence "
-        f"{request.max_kl_divergence:g}. Nothing was kept. Try another --base, or --dtype fp32"
+        f"{request.max_kl_divergence:g}. Nothing was kept. {_advice(request, measured)}"
     )
+
+
+def _advice(request: Request, measured: Mapping[Onto, Measured]) -> str:
+    """What has not been tried."""
+    bases: set[Onto] = {"16bit", "dequantized"}
+    bases -= measured.keys()
+    if request.quantize_mode == "16bit" or request.checkpoint.scheme is not None:
+        bases = set()  # both are the same, or the original is not known
+    ways = [f"--base {each}" for each in sorted(bases)] + ["--dtype fp32"] * (request.dtype != "fp32")
+    return f"Try {', or '.join(ways)}" if ways else "Every other way was tried: allow more by these flags"

@@ -14,7 +14,7 @@ are a subclass. It would leave every block unquantized, and its only warning is 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -39,7 +39,7 @@ from falcon_qlora.models.quantize import (
 )
 from falcon_qlora.models.quantized_files import StoredLinear
 from falcon_qlora.models.sharded_base import Parts
-from falcon_qlora.models.sizes import check_fits
+from falcon_qlora.models.sizes import check_fits, check_host
 from falcon_qlora.models.streamed_base import StreamedBase
 from falcon_qlora.models.undrawn import Undrawn
 from falcon_qlora.processes import devices, ranks
@@ -59,6 +59,7 @@ def load_model(
     seed: int = 0,
     share_out: bool = False,
     offload: bool = False,
+    ways: Sequence[str] = (),
 ) -> PreTrainedModel:
     """Load a model onto one device: frozen, in evaluation mode, the linears of its blocks quantized.
 
@@ -81,10 +82,12 @@ def load_model(
         share_out: of the blocks' linears keep only this process's part, see `sharded_base`; all processes
             load the model then.
         offload: keep the blocks' linears in CPU memory, see `host_base`; not with `share_out`.
+        ways: flags with which less would be on the device, for the message where it does not fit.
 
     Raises:
-        UserError: if the model cannot be found, is of no known layout, does not fit, the mode cannot run
-            here, or a quantized checkpoint is stored otherwise or was changed since it was prepared.
+        UserError: if the model cannot be found, is of no known layout, does not fit the device or, with
+            `offload`, CPU memory; the mode cannot run here; or a quantized checkpoint is stored otherwise or
+            was changed since it was prepared.
         RuntimeError: if a linear that should be quantized is not, or one that should not be is.
     """
     device = devices.resolve(device)
@@ -109,6 +112,16 @@ def load_model(
             double_quantization=double_quantization,
             processes=ranks.world_size() if share_out else 1,
             offloaded=offload,
+            ways=ways,
+            fixed=scheme is not None,
+        )
+    if offload:
+        check_host(
+            checkpoint.config,
+            quantize_mode,
+            double_quantization=double_quantization,
+            compute_bytes=dtype.itemsize,
+            fixed=scheme is not None,
         )
     model = empty_model(
         checkpoint.config,

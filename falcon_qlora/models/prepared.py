@@ -1,11 +1,14 @@
 """The record in a folder that ``prepare --output_dir`` wrote: of which model it is, and what its bytes are.
 
 Transformers ignores the file. By its fingerprints adapters of the original open on the prepared base, and
-the other way round; by its sums a load finds what was changed since. Imports no torch.
+the other way round; by its sums a load finds what was changed since, and by its own checksum what was changed
+in the record. Imports no torch.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -16,7 +19,9 @@ from falcon_qlora.common.files import write_json
 from falcon_qlora.common.record_files import PREPARED, check_format
 from falcon_qlora.common.untrusted import read_json
 
-FORMAT = 1
+FORMAT = 2  # 1: without a checksum of the record itself
+
+_CHECKSUM = "sha256"  # of the record's other values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,14 +47,20 @@ class Prepared:
 
 def write_prepared(folder: Path, prepared: Prepared) -> None:
     """Write the record into the folder."""
-    write_json(folder / PREPARED, {"format": FORMAT, **asdict(prepared)})
+    record = {"format": FORMAT, **asdict(prepared)}
+    write_json(folder / PREPARED, {**record, _CHECKSUM: _checksum(record)})
+
+
+def _checksum(record: Mapping[str, Any]) -> str:
+    told = {name: value for name, value in record.items() if name != _CHECKSUM}
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
 def read_prepared(folder: Path | None) -> Prepared | None:
     """The record of a folder; None where it has none.
 
     Raises:
-        UserError: if the file is damaged.
+        UserError: if the file is damaged, or was changed since it was written.
     """
     file = None if folder is None else folder / PREPARED
     if file is None or not file.is_file():
@@ -64,6 +75,8 @@ def read_prepared(folder: Path | None) -> Prepared | None:
     )
     if not fits or not all(type(each) is int for each in record["sums"].values()):
         raise UserError(f"{file} is damaged: it is not what prepare writes. Prepare the base again")
+    if record.get("format", 1) > 1 and record.get(_CHECKSUM) != _checksum(record):
+        raise changed_since(folder, PREPARED)
     known: dict[str, Any] = {each.name: record.get(each.name) for each in fields(Prepared)}
     return Prepared(**known)
 

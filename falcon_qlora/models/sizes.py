@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from falcon_qlora.common.errors import UserError
+from falcon_qlora.common.host_memory import free_host_bytes
 from falcon_qlora.common.quantities import gib
 from falcon_qlora.models.layouts import layout_of
 from falcon_qlora.models.schemes import NF4_BLOCK, NF4_NESTED_BLOCK, QuantizeMode
@@ -72,6 +73,7 @@ def check_fits(
     processes: int = 1,
     offloaded: bool = False,
     ways: Sequence[str] = (),
+    fixed: bool = False,
 ) -> None:
     """Refuse a model whose weights and adapter alone exceed the device; activations come on top of them.
 
@@ -83,6 +85,7 @@ def check_fits(
         double_quantization: whether NF4's scales are quantized too.
         processes, offloaded: see `weight_bytes`.
         ways: flags with which less of it is on the device.
+        fixed: whether it can be stored in no other way.
 
     Raises:
         UserError: saying by how much.
@@ -99,10 +102,45 @@ def check_fits(
     if need <= free_bytes:
         return
     lower = {"16bit": "8bit or 4bit", "8bit": "4bit"}.get(quantize_mode)
-    others = [f"--quantize_mode {lower}"] if lower else []
+    others = [f"--quantize_mode {lower}"] if lower and not fixed else []
     raise UserError(
         f"The model does not fit: its weights in {quantize_mode} take {gib(weights, 1)}"
         + (f" and the adapter {gib(adapter, 1)}" if trainable else "")
         + f", the GPU has {gib(free_bytes, 1)} free: {gib(need - free_bytes, 1)} short. "
         f"Use {', '.join([*others, *ways, 'a smaller model'])}, or a GPU with more memory free"
+    )
+
+
+def check_host(
+    config: PreTrainedConfig,
+    quantize_mode: QuantizeMode,
+    *,
+    double_quantization: bool = True,
+    compute_bytes: int = 2,
+    processes: int = 1,
+    fixed: bool = False,
+) -> None:
+    """Refuse a base that CPU memory does not hold as often as there are processes on this node.
+
+    Args:
+        config, quantize_mode, double_quantization, compute_bytes: as for `weight_bytes`.
+        processes: here that keep the blocks' linears in CPU memory, each for itself.
+        fixed: whether it can be stored in no other way.
+
+    Raises:
+        UserError: saying by how much.
+    """
+    each = stored_bytes(
+        config, quantize_mode, double_quantization=double_quantization, compute_bytes=compute_bytes
+    )
+    free = free_host_bytes()
+    if processes * each <= free:
+        return
+    of_all = f", {gib(processes * each, 1)} for the {processes} processes here" if processes > 1 else ""
+    raise UserError(
+        f"--offload_base: the blocks' weights in {quantize_mode} take {gib(each, 1)} of CPU memory{of_all}, "
+        f"and {gib(free, 1)} are free: {gib(processes * each - free, 1)} short. Use "
+        + ("fewer --gpus, " if processes > 1 else "")
+        + ("" if fixed or quantize_mode == "4bit" else "--quantize_mode 4bit, ")
+        + "a smaller model, or a machine with more memory"
     )

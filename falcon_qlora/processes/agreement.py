@@ -10,12 +10,10 @@ from __future__ import annotations
 import collections
 import datetime
 import hashlib
-import json
 import os
 import pickle
 import socket
 import time
-import uuid
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -25,8 +23,6 @@ from falcon_qlora.processes.ranks import (
     local_process_index,
     node_index,
     process_index,
-    restart_count,
-    set_restart_count,
     world_size,
 )
 
@@ -38,12 +34,12 @@ T = TypeVar("T")
 
 _WAIT_LIMIT = datetime.timedelta(days=7)
 _CONNECT_SECONDS = 60.0
+_PROBE_SECONDS = 3.0
 _LOOK_SECONDS = 0.02
 _PIECE_WORDS = 2**22
 _SCATTER = 0x1E3779B97F4A7C15  # odd, with bits of no pattern: the golden ratio's
 # All processes ask the same questions in the same order; each has its own key in the store.
 _asked: collections.Counter[str] = collections.Counter()
-_met: tuple[str, dist.Store, list[dict[str, Any]]] | None = None
 
 
 class PeerError(Exception):
@@ -271,77 +267,14 @@ def _checksums(tensor: torch.Tensor) -> torch.Tensor:
     return torch.stack(sums)
 
 
-def fresh_store(timeout_seconds: float) -> dist.Store | None:
-    """The store for the process group, as if nothing had been written there yet; see `meet`.
-
-    Returns:
-        None if torch makes one itself, or if there is one process.
-    """
-    alone = world_size() == 1 or (_met is None and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True")
-    return None if alone else meet(timeout_seconds)[1]
-
-
-def meet(timeout_seconds: float) -> tuple[str, dist.Store, list[dict[str, Any]]]:
-    """Find the other processes of this start; those of an earlier start may have written into the same store.
-
-    torchrun keeps one store over its restarts. New processes could read old addresses there and wait for
-    processes that are gone. So the processes agree on a name. Each posts a number of its own; the main
-    process answers every number that it sees, old ones too, until all processes have confirmed. How often
-    they were restarted is agreed on too: the agent of a node that has come back counts from 0.
-
-    Returns:
-        The name, the store with that prefix, and of each process its ``host`` and ``node``.
+def require_store() -> None:
+    """Try the machine and port of the store: torch would try for long, and print what it tried.
 
     Raises:
-        RuntimeError: if not all processes arrive in time.
+        OSError: if there is no answer.
     """
-    global _met
-    if _met is not None:
-        return _met
-    import torch.distributed as dist
-
-    store, mine, prefix = _shared_store(timeout_seconds), uuid.uuid4().hex, "falcon_qlora/meet"
-    here = {"host": socket.gethostname(), "node": node_index(), "restarts": restart_count()}
-    if not is_main_process():
-        store.set(f"{prefix}/{process_index()}", mine)
-        name = store.get(f"{prefix}/answer/{mine}").decode()
-        store.set(f"{prefix}/{name}/{process_index()}", json.dumps(here))
-        members = json.loads(store.get(f"{prefix}/{name}/all"))
-    else:
-        name = mine
-        members = [here, *_gathered(store, prefix, mine, timeout_seconds)]
-        store.set(f"{prefix}/{name}/all", json.dumps(members))
-    set_restart_count(max(member["restarts"] for member in members))
-    _met = name, dist.PrefixStore(name, store), members
-    return _met
-
-
-def _gathered(store: Any, prefix: str, mine: str, timeout_seconds: float) -> list[dict[str, Any]]:
-    """What each other process says of itself, once all have answered by the name `mine`."""
-    others = range(1, world_size())
-    away, deadline = set(others), time.monotonic() + timeout_seconds
-    while away:
-        for process in sorted(away):
-            if store.check([f"{prefix}/{process}"]):
-                store.set(f"{prefix}/answer/{store.get(f'{prefix}/{process}').decode()}", mine)
-            if store.check([f"{prefix}/{mine}/{process}"]):
-                away.remove(process)
-        if time.monotonic() > deadline:
-            raise RuntimeError(f"processes {sorted(away)} did not come within {timeout_seconds:.0f} s")
-        time.sleep(_LOOK_SECONDS)
-    return [json.loads(store.get(f"{prefix}/{mine}/{process}")) for process in others]
-
-
-def _shared_store(timeout_seconds: float) -> dist.TCPStore:
-    """torchrun's store; the main process makes one where torchrun has none."""
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" or not is_main_process():
-        return connect(timeout_seconds)
-    import torch.distributed as dist
-
-    port, limit = int(os.environ["MASTER_PORT"]), datetime.timedelta(seconds=timeout_seconds)
-    return dist.TCPStore(
-        os.environ["MASTER_ADDR"], port, is_master=True, timeout=limit, wait_for_workers=False
-    )
+    place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    socket.create_connection(place, _PROBE_SECONDS).close()
 
 
 def connect(timeout_seconds: float) -> dist.TCPStore:

@@ -22,7 +22,7 @@ from falcon_qlora.common.errors import (
     panics_as_errors,
 )
 from falcon_qlora.processes import lookout
-from falcon_qlora.processes.agreement import PeerError, connect, met_by_all
+from falcon_qlora.processes.agreement import PeerError, connect, met_by_all, require_store
 from falcon_qlora.processes.ranks import is_main_process, restart_count, world_size
 
 _REPORT_LIMIT = datetime.timedelta(seconds=10)
@@ -133,7 +133,8 @@ def report(message: str | None, status: int = EXIT_BUG) -> None:
     key = f"falcon_qlora/reported/{restart_count()}"
     store = None
     if world_size() > 1:
-        with contextlib.suppress(RuntimeError, KeyError):
+        with contextlib.suppress(RuntimeError, KeyError, OSError):
+            require_store()
             store = connect(_REPORT_LIMIT.total_seconds())
     alone = store is None and is_main_process()
     if message is not None and (alone or (store is not None and store.add(key, 1) == 1)):

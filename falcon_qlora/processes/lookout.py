@@ -1,6 +1,6 @@
 """What ends a run on one of several nodes ends it on all, soon, with one message on each that names the host.
 
-    lookout.begin()               # in each process, before anything can fail: they find each other
+    lookout.begin(300)            # in each process, before anything can fail: they find each other
     lookout.tell(text, 2)         # of an error here; returns when the other nodes have heard of it
     lookout.who_is_gone(error)    # if a collective has failed for it
     lookout.end()                 # from here on each may leave
@@ -24,20 +24,18 @@ import traceback
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from falcon_qlora.common.errors import EXIT_BUG, EXIT_HANGING, UserError
-from falcon_qlora.processes import agreement, launcher, ranks
+from falcon_qlora.common.errors import EXIT_BUG, EXIT_HANGING
+from falcon_qlora.processes import agreement, launcher, meeting, ranks
 from falcon_qlora.processes.lines import Lines
 
 _LOOK_SECONDS = 1.0
 _STORE_SECONDS = 10.0
-_PROBE_SECONDS = 3.0
 # How long others may take to hear of an error, and this process to be ended by another's.
 _HEAR_SECONDS = 5.0
 # Before a process whose line has ended is taken for gone: it may have told of an error.
 _LOST_SECONDS = 2.0
 # Without a sign of life; also for a store whose machine does not answer. A link may be cut for a while.
 _GONE_SECONDS = 90.0
-_MEET_SECONDS = 900.0
 _FINISH_SECONDS = 20.0
 
 
@@ -57,8 +55,8 @@ class _Lookout:
         self._lines: Lines | None = None
         self._lost_since: float | None = None
 
-    def begin(self) -> None:
-        self._name, store, self.members = agreement.meet(_MEET_SECONDS)
+    def begin(self, patience_seconds: float) -> None:
+        self._name, store, self.members = meeting.meet(patience_seconds)
         with contextlib.suppress(OSError, RuntimeError):  # then signs of life have to do
             self._lines = Lines(store)
         threading.Thread(target=self._watch, name="lookout", daemon=True).start()
@@ -130,7 +128,7 @@ class _Lookout:
     def _connected(self) -> Any:
         import torch.distributed as dist
 
-        require_store()
+        agreement.require_store()
         return dist.PrefixStore(self._name, agreement.connect(_STORE_SECONDS))
 
     def _watch(self) -> None:
@@ -205,18 +203,17 @@ class _Lookout:
 _lookout = _Lookout()
 
 
-def begin() -> None:
+def begin(patience_seconds: float) -> None:
     """Find the processes of all nodes, and watch from here on; does nothing on a single node.
+
+    Args:
+        patience_seconds: for how long the others are waited for.
 
     Raises:
         UserError: if not all processes arrive in time.
     """
     if ranks.world_size() > ranks.local_world_size():
-        try:
-            _lookout.begin()
-        except RuntimeError as error:  # torch's own too, in many lines
-            told = str(error).splitlines()[0][:200]
-            raise UserError(f"the ranks of the nodes have not met ({told}): see the others' output") from None
+        _lookout.begin(patience_seconds)
 
 
 def watches() -> bool:
@@ -302,20 +299,10 @@ def _value(store: Any, key: str) -> str:
     return store.get(key).decode() if store.check([key]) else ""
 
 
-def require_store() -> None:
-    """Try the machine and port of the store: torch would try for long, and print what it tried.
-
-    Raises:
-        OSError: if there is no answer.
-    """
-    place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    socket.create_connection(place, _PROBE_SECONDS).close()
-
-
 def _refuses() -> bool:
     """Whether the machine of the store answers, and nothing listens there any more."""
     try:
-        require_store()
+        agreement.require_store()
     except ConnectionRefusedError:
         return True
     except OSError:

@@ -193,7 +193,7 @@ def tell(place: tuple[int, int, str], stack: str, still: float, *, record: Path 
         return
     prefix = f"falcon_qlora/hang/{ranks.restart_count()}"
     if lookout.watches():
-        lookout.require_store()
+        agreement.require_store()
     store = agreement.connect(timeout_seconds=10 * _ANSWER_SECONDS)
     store.set(f"{prefix}/{ranks.process_index()}", mine)
     if store.add(prefix, 1) == 1:

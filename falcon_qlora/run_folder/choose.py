@@ -27,6 +27,7 @@ def choose(
     overwrite: bool = False,
     restarted: bool = False,
     make: bool = True,
+    dry_run: bool = False,
     root: Path = RUNS,
     now: datetime.datetime | None = None,
 ) -> Path:
@@ -42,6 +43,7 @@ def choose(
         restarted: torchrun has restarted this group of processes: the run in the folder is their own.
         make: Make the folder. Otherwise only check that it could be made; another run may still take the
             name of a fresh one.
+        dry_run: Nothing there is replaced, and no run goes on.
         root: Where fresh folders are made.
         now: The time in a fresh folder's name.
 
@@ -83,7 +85,10 @@ def choose(
     if not restarted and (overwrite or not resume or (resume == AUTO and by_url)):
         _refuse_others(str(output_dir), path, by_url=by_url)
     if not (resume or overwrite or restarted):
-        _refuse_second(str(output_dir), path, by_url=by_url)
+        ways = "Replace it (--overwrite), or name another folder"
+        if not dry_run:
+            ways = f"Go on with it (--resume{' auto' * by_url}), {ways[0].lower()}{ways[1:]}"
+        _refuse_second(str(output_dir), path, ways, by_url=by_url)
     try:
         if make:
             path.mkdir(parents=True, exist_ok=True)
@@ -93,18 +98,12 @@ def choose(
     return path
 
 
-def _refuse_second(output_dir: str, path: Path, *, by_url: bool) -> None:
+def _refuse_second(output_dir: str, path: Path, ways: str, *, by_url: bool) -> None:
     if by_url and holds_run(output_dir):
-        raise UserError(
-            f"--output_dir {output_dir}: a run is there already. Go on with it (--resume auto), replace it "
-            "(--overwrite), or name another folder"
-        )
+        raise UserError(f"--output_dir {output_dir}: a run is there already. {ways}")
     if RunDirectory(path).holds_run():
         of_url = f" of {output_dir}" if by_url else ""
-        raise UserError(
-            f"--output_dir {path}: this folder{of_url} holds a run already. Go on with it (--resume), "
-            "replace it (--overwrite), or name another folder"
-        )
+        raise UserError(f"--output_dir {path}: this folder{of_url} holds a run already. {ways}")
 
 
 def _refuse_others(output_dir: str, path: Path, *, by_url: bool) -> None:

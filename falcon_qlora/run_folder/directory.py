@@ -126,6 +126,18 @@ class RunDirectory:
         """Whether things with the names of a run's are here, and no run, which `--overwrite` may replace."""
         return self.path.is_dir() and is_no_run({each.name for each in self.path.iterdir()})
 
+    @property
+    def name(self) -> str:
+        """What commands call it: its address, if it has one, else its folder."""
+        return self.address or str(self.path)
+
+    def told_contents(self) -> list[str]:
+        """`contents` in lines for the terminal; of a run with an address the folder here is named once."""
+        names = [f"{path.name}/" if path.is_dir() else path.name for path in self.contents()]
+        if self.address is None:
+            return [str(self.path / name) + "/" * name.endswith("/") for name in names]
+        return [f"{self.path}/: {', '.join(names)}"]
+
     def contents(self) -> list[Path]:
         """The files and folders of the run that exist, most wanted first."""
         return [self.path / name for name in _CONTENTS if (self.path / name).exists()]

@@ -47,9 +47,13 @@ class Step:
         reduction: holds the gradients.
         shrink: in a first step that may be cut anew: given the ranks that ran out of memory, returns this
             process's share in smaller micro-batches, or None if there are none. None for other steps.
+        room_bytes: of the optimizer's state, which is there from the first step's end on. A first step that
+            may be cut anew is computed beside so much taken memory, so that it fits as the next one will.
+        room: that memory, while it is taken.
     """
 
     gradient_norm: Tensor
+    room: Tensor | None
 
     def __init__(
         self,
@@ -68,6 +72,7 @@ class Step:
         self.reached = torch.zeros((), device=device, dtype=torch.bool)
         self.reports = Reports()
         self.shrink: Callable[[list[int]], Share | None] | None = None
+        self.room_bytes, self.room = 0, None
         self.bad_steps = bad_steps
         self._sharded = is_sharded(model)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -140,7 +145,9 @@ class Step:
         while shrink is not None:
             found, undo_draws = None, devices.undo_draws_since(self._device)
             with contextlib.suppress(torch.OutOfMemoryError):
+                self.room = torch.empty(self.room_bytes, dtype=torch.uint8, device=self._device)
                 found = accumulate(share, can_split=False)
+            self.room = None
             self._at(share.step + 1, 2, "waiting for the others")
             without = [rank for rank, fits in enumerate(agreement.met_by_all(found is not None)) if not fits]
             if found is not None and not without:

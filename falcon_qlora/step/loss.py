@@ -100,7 +100,7 @@ def accumulate_gradients(
     longest = max(length for batch in share.micro_batches for length in batch.lengths)
     raise UserError(
         f"out of memory at step {share.step + 1} with a single document of {longest:,} tokens, which "
-        "cannot be split: lower --max_length, or give --checkpointing full"
+        "cannot be split: give --checkpointing offload, or begin anew with a smaller --max_length"
     )
 
 

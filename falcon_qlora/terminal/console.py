@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import lru_cache
-from pathlib import Path
 from textwrap import indent
 from threading import Timer
 from typing import IO, Any
@@ -115,14 +114,20 @@ def print_start(rows: Sequence[tuple[str, str]], notes: Sequence[str]) -> None:
 
 
 def print_end(
-    summary: Mapping[str, Any], contents: Sequence[Path], *, adapter: Path, checked: Sequence[str] = ()
+    summary: Mapping[str, Any],
+    contents: Sequence[str],
+    *,
+    adapter: str,
+    opened_with: Sequence[str] = (),
+    checked: Sequence[str] = (),
 ) -> None:
     """Print the results of the run and the path of everything written.
 
     Args:
         summary: the fields of `summary.json`.
-        contents: what was written: `RunDirectory.contents()`.
-        adapter: the adapter's folder, for the command that tries it.
+        contents: what was written: `RunDirectory.told_contents()`.
+        adapter: the adapter's folder, or the run's address, for the command that tries it.
+        opened_with: flags of that command.
         checked: lines on what was proved.
     """
     losses = best = reduced = memory = ""
@@ -156,8 +161,8 @@ def print_end(
     if (by_clock := summary.get("wall_tokens_per_second")) is not None:
         speed += f", {by_clock:,.0f} over the whole command"
     samples = f"{summary['samples_per_second_512']:,.3g} samples/s (512 computed positions each)"
+    opened = " ".join([quoted(adapter), *opened_with])
     refused, overflowed = summary.get("refused_by_peft"), summary.get("overflowed_steps")
-    written = [f"{path}/" if path.is_dir() else str(path) for path in contents]
     rows = [
         ("steps", f"{summary['steps']:,}"),
         ("loss", joined(losses, best)),
@@ -174,9 +179,9 @@ def print_end(
             ),
         ),
         *[("" if index else "checked", told) for index, told in enumerate(checked)],
-        *[("" if index else "wrote", path) for index, path in enumerate(written)],
+        *[("" if index else "wrote", path) for index, path in enumerate(contents)],
         ("opens with", f"falcon_qlora, not plain PEFT (LoRA on {', '.join(refused)})" if refused else ""),
-        ("try it", f'falcon-qlora generate --adapter {quoted(str(adapter))} --prompt "…"'),
+        ("try it", f'falcon-qlora generate --adapter {opened} --prompt "…"'),
     ]
     console().print()
     _print_rows("done", rows)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -167,7 +168,7 @@ def _step(
     )
 
 
-def warm_up(trainer: FalconTrainer, run: RunArguments, *, max_length: int) -> None:
+def warm_up(trainer: FalconTrainer, less: Sequence[str]) -> None:
     """On a GPU, run the largest micro-batch of the run once, forward and backward, and drop the gradients.
 
     So too little memory is found before the first step, and PyTorch's allocator begins with the largest
@@ -175,8 +176,7 @@ def warm_up(trainer: FalconTrainer, run: RunArguments, *, max_length: int) -> No
     parameter and no random state changes. A stream does nothing here: its largest micro-batch is not known.
 
     Args:
-        run: for the advice in the error.
-        max_length: tokens of a sequence, likewise.
+        less: what takes less memory, for the error.
 
     Raises:
         UserError: if the GPU's memory is too small.
@@ -227,7 +227,10 @@ def warm_up(trainer: FalconTrainer, run: RunArguments, *, max_length: int) -> No
         assert batch is not None
         fitted = fits(batch)
     if not fitted:
-        raise UserError(_too_large(run, max_length, sum(batch.lengths)))
+        raise UserError(
+            f"The largest micro batch of the run, {sum(batch.lengths):,} tokens, does not fit into the GPU's "
+            f"memory. Take less: {', '.join(less)}"
+        )
     agreement.wait_for_all()  # nothing is written where another process lacks memory
 
 
@@ -253,21 +256,4 @@ def largest_step(steps: TrainingSteps) -> int:
     return max(
         range(len(first)),
         key=lambda n: plan.lengths[first[n]].sum() if plan.packed else plan.lengths[first[n]].max(),
-    )
-
-
-def _too_large(run: RunArguments, max_length: int, tokens: int) -> str:
-    advice = [
-        f"--checkpointing {smaller}"
-        for smaller in ("full", "offload")
-        if run.checkpointing not in (smaller, "auto", "offload")
-    ]
-    if run.batch_tokens != "auto":
-        advice.append(f"a smaller --batch_tokens than {tokens:,}")
-    elif run.per_device_train_batch_size > 1:
-        advice.append(f"a smaller -b than {run.per_device_train_batch_size}")
-    advice += [f"a smaller --max_length than {max_length:,}"]
-    return (
-        f"The largest micro batch of the run, {tokens:,} tokens, does not fit into the GPU's memory. "
-        f"Give {', or '.join(advice)}."
     )

@@ -2,7 +2,8 @@
 
 With `auto` a run takes the cut that `cuts.decide` finds for its cards: the same command makes the same sums,
 whatever is free. If the first step shows that there is less memory than the model says, all ranks take the
-next smaller cut and begin the step again.
+next smaller cut and begin the step again. It is computed beside as much taken memory as the optimizer's state
+will take from then on.
 """
 
 from __future__ import annotations
@@ -89,6 +90,11 @@ class Cutter:
         """Have the blocks keep what was decided; `choose`: `choose_activations` but for the cut."""
         self._choose = choose
         self.activations = choose(cut=self.cut)
+
+    @property
+    def optimizer_bytes(self) -> int:
+        """Of its state in PyTorch's allocator, by the memory model; 0 where that decides nothing."""
+        return 0 if self.cut.found is None else self.cut.found.parts.get("optimizer", 0)
 
     def told_smaller(self) -> str | None:
         """What a user should know once a smaller cut has done, told once; None if none was taken."""

@@ -190,6 +190,9 @@ def build_trainer(
             max_length=max_length,
         )
     watchdog = Watchdog(run.hang_minutes * 60, directory.path / "flight_record")
+    go_on = f"; go on {how_to_go_on(directory)}"
+    if training.save_only_model:
+        go_on = ", weights only: the run cannot be resumed"
     checkpointer = Checkpointer(
         directory.checkpoints,
         describe_adapter=describe_adapter,
@@ -203,11 +206,12 @@ def build_trainer(
             **({"cut": cutter.record()} if data.steps.dealing.tokens is not None else {}),
         },
         on_saved=lambda checkpoint: stop_signals.tell_launcher(
-            f"the last complete checkpoint is {checkpoint}; go on {how_to_go_on(directory)}"
+            f"the last complete checkpoint is {checkpoint}{go_on}"
         ),
         every_minutes=run.save_every_minutes,
         limit=training.save_total_limit,
         weights_only=training.save_only_model,
+        address=directory.address,
         at=watchdog.at,
     )
     callbacks: list[Any] = [

@@ -9,7 +9,6 @@ import torch
 from transformers import DefaultFlowCallback, TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_utils import SaveStrategy
 
-from falcon_qlora.checkpoint.write import last_complete
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.processes import agreement, lookout
 from falcon_qlora.processes.stop_signals import Stopped
@@ -63,7 +62,7 @@ class StepKeeper(DefaultFlowCallback):
         trainer, checkpointer = self._trainer, self._trainer.checkpointer
         trainer.settle()
         if self._ending is not None:
-            last = agreement.from_main_process(lambda: last_complete(checkpointer.folder))
+            last = agreement.from_main_process(checkpointer.last_complete)
             raise UserError(f"{self._ending}. {last}")
         if state.global_step < state.max_steps:
             raise Stopped(state.global_step, checkpointer.failure)

@@ -157,9 +157,10 @@ def _saves(training: Any, steps: int) -> int:
 def _check_room(directory: RunDirectory, needed: int) -> None:
     free = free_bytes(directory.path)
     # What an earlier part of the run has written is replaced.
-    written = (path.stat().st_size for path in directory.checkpoints.rglob("*") if path.is_file())
-    if needed > free + sum(written):
+    written = sum(path.stat().st_size for path in directory.checkpoints.rglob("*") if path.is_file())
+    if needed > free + written:
+        where = "Free some" if written else "Name another folder with --output_dir"
         raise UserError(
-            f"{directory}: the run's checkpoints need {gib(needed)}, and only {gib(free)} are free. Name "
-            "another folder with --output_dir, or keep fewer with --save_total_limit"
+            f"{directory}: the run's checkpoints need {gib(needed)}, and only {gib(free)} are free. {where}, "
+            "or keep fewer with --save_total_limit"
         )

@@ -16,7 +16,7 @@ from falcon_qlora.checkpoint.adapter_check import AdapterFaultError, Reopened, c
 from falcon_qlora.checkpoint.manifest import write_manifest
 from falcon_qlora.checkpoint.write import disk_errors, last_complete, not_kept, require_same_replicas
 from falcon_qlora.common.errors import UserError, reason_of
-from falcon_qlora.common.files import flush, replaced_folder, write_json
+from falcon_qlora.common.files import flush, quoted, replaced_folder, write_json
 from falcon_qlora.config import Configuration
 from falcon_qlora.data.batches import TrainingSteps
 from falcon_qlora.methods.interface import method_of
@@ -24,7 +24,7 @@ from falcon_qlora.models.hub import push_folder
 from falcon_qlora.models.sharded import is_sharded, take_part
 from falcon_qlora.models.sharded_base import follow, leading
 from falcon_qlora.models.streamed_base import replicated
-from falcon_qlora.processes import agreement, endings, lookout, ranks, stop_signals
+from falcon_qlora.processes import agreement, endings, launcher, lookout, ranks, stop_signals
 from falcon_qlora.processes.stop_signals import Stopped
 from falcon_qlora.run_folder.directory import RunDirectory
 from falcon_qlora.run_folder.summary import Summary
@@ -83,7 +83,7 @@ def finish(
     replicas = None
     if not is_sharded(model):
         replicas = require_same_replicas(
-            replicated(model), directory.checkpoints, step=trainer.state.global_step
+            replicated(model), trainer.checkpointer.last_complete, step=trainer.state.global_step
         )
     require_moved(trainer)
     reduction = trainer.meter.share_of_this_start(trainer.step.reduction.clock.finish())
@@ -168,7 +168,13 @@ def finish(
         with _told_if_not_written(directory.summary_file):
             directory.write("summary", figures)
         told = checks.told_in_lines(proved)
-        console.print_end(figures, directory.contents(), adapter=directory.adapter, checked=told)
+        console.print_end(
+            figures,
+            directory.told_contents(),
+            adapter=directory.address or str(directory.adapter),
+            opened_with=["--offload_base"] * run.offload_base,
+            checked=told,
+        )
     trackers.finish(summary=figures, adapter=directory.adapter)
 
 
@@ -176,9 +182,11 @@ def leave_as_it_is(directory: RunDirectory, *, steps: int) -> None:
     """Say that nothing is left to do, and let each process end by itself."""
     endings.forget_siblings()
     lookout.end()
+    anew = ["--config", str(directory.config_file), "--output_dir", directory.name, "--overwrite"]
     console.note(
-        f"{directory.path} is done: nothing is left to train of {steps:,} steps, and nothing was changed. "
-        "For more steps give --max_steps or --num_train_epochs; to begin anew, --overwrite"
+        f"{directory.name} is done: nothing is left to train of {steps:,} steps, and nothing was changed. "
+        "For more steps give --max_steps or --num_train_epochs; it is begun anew with:  "
+        f"{' '.join(map(quoted, launcher.launched(*anew)))}"
     )
 
 
@@ -244,7 +252,8 @@ def _keep_adapter(
             return reason_of(error)
         except AdapterFaultError as error:
             trainer.checkpointer.join()  # which may be the last complete one
-            told = not_kept(error, directory.checkpoints, step=trainer.state.global_step)
+            last = trainer.checkpointer.last_complete()
+            told = not_kept(error, last, step=trainer.state.global_step)
             raise UserError(told) from None
         return None
 
@@ -257,7 +266,7 @@ def _keep_adapter(
         if tries_left:
             console.note(f"the adapter could not be written ({failure}); retrying in {_PAUSE_SECONDS:g} s")
             time.sleep(_PAUSE_SECONDS)
-    last = agreement.from_main_process(lambda: last_complete(directory.checkpoints))
+    last = agreement.from_main_process(trainer.checkpointer.last_complete)
     raise UserError(f"all steps are done, but {directory.adapter} could not be written ({failure}). {last}")
 
 
@@ -307,7 +316,7 @@ def upload(directory: RunDirectory, training: SFTConfig) -> None:
         console.print_plain(f"uploaded to {url}")
 
 
-def mirror_rest(mirror: Mirror | None) -> None:
+def mirror_rest(directory: RunDirectory, mirror: Mirror | None) -> None:
     """Upload what the address of a finished run lacks; every process calls this.
 
     Where that fails the run ends as one that has stopped: started again, it goes on with the uploading.
@@ -317,7 +326,7 @@ def mirror_rest(mirror: Mirror | None) -> None:
         console.print_plain(f"copied to {mirror.store.address}")
     if missing is not None:
         stop_signals.tell_stopped()
-        console.note(f"all steps are done, but {missing}; start the same command again to upload it")
+        console.note(f"all steps are done, but {missing}; upload it {how_to_go_on(directory)}")
 
 
 def _flushed(mirror: Mirror) -> str | None:
@@ -350,7 +359,7 @@ def stop(
         directory.draw_loss()
     where = f"stopped at step {stopped.step:,} of {steps:,}"
     if stopped.failure is not None:
-        last = agreement.from_main_process(lambda: last_complete(directory.checkpoints))
+        last = agreement.from_main_process(lambda: last_complete(directory.checkpoints, directory.address))
         raise UserError(f"{where}, but the checkpoint could not be saved ({stopped.failure}). {last}")
     if not resumable:
         kept = directory.checkpoints / f"step-{stopped.step}"
@@ -358,6 +367,8 @@ def stop(
     lookout.end()
     missing = mirror.flush(_STOP_SECONDS, hurry=True) if mirror is not None else None
     if missing is not None:
-        console.note(f"{missing}; {directory} has it, and the same command uploads it from this machine")
+        console.note(
+            f"{missing}; {directory} has it, and from this machine it is uploaded as the run goes on"
+        )
     stop_signals.tell_stopped()
     console.print_plain(f"{where}. Go on {how_to_go_on(directory)}")

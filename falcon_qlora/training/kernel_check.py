@@ -61,11 +61,12 @@ def compare_kernels(model: nn.Module, batch: MicroBatch, device: torch.device) -
     finally:
         model.zero_grad(set_to_none=True)
         model.train(was_training)
+    without = f"{'--compute_dtype auto ' if fp8_weight_bytes(model) else ''}--kernels off"
     worst = max(differences.items(), key=lambda each: each[1].excess, default=None)
     if worst is not None and worst[1].excess > 1:
         raise UserError(
             f"kernel {worst[0]} in Triton differs from its plain reference by {worst[1].relative:.2g} of the "
-            "largest value: give --kernels off, and report it with the GPU and the version of Triton"
+            f"largest value: give {without}, and report it with the GPU and the version of Triton"
         )
     off = abs(loss - right) / abs(right)
     off_gradient = _relative(gradients, expected)
@@ -74,7 +75,7 @@ def compare_kernels(model: nn.Module, batch: MicroBatch, device: torch.device) -
         raise UserError(
             f"the fast path differs from the model's own: a loss of {loss:.5g} against {right:.5g}, "
             f"gradients by {off_gradient:.2g} of their norm (limit {limit:g}). Give --kernels portable, or "
-            "off, and report it"
+            f"{without}, and report it"
         )
     told = f"loss within {off:.1g} and gradients within {off_gradient:.1g} of the model's own"
     if worst is not None:

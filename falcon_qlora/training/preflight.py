@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING
 from falcon_qlora.checkpoint.bring import bring_run
 from falcon_qlora.common import stores
 from falcon_qlora.common.errors import UserError
-from falcon_qlora.common.quantities import gib
 from falcon_qlora.config import Configuration
-from falcon_qlora.config.arguments import ModelArguments, RunArguments
+from falcon_qlora.config.arguments import RunArguments
 from falcon_qlora.config.quantized import refuse_needing_16bit
 from falcon_qlora.models.hub import check_login
 from falcon_qlora.processes import agreement, devices, ranks
@@ -29,7 +28,6 @@ from falcon_qlora.training import base, resume, schedule, sharding, start_adapte
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-    from falcon_qlora.methods.interface import Method
     from falcon_qlora.models.schemes import Scheme
     from falcon_qlora.run_folder.tracking import Trackers
 
@@ -94,6 +92,7 @@ def check(configuration: Configuration, lock: RunLock) -> Start:
             overwrite=run.overwrite,
             restarted=ranks.restart_count() > 0,
             make=make,
+            dry_run=run.dry_run,
         )
         if path.is_dir() and not run.dry_run:
             lock.take(path)
@@ -110,14 +109,7 @@ def check(configuration: Configuration, lock: RunLock) -> Start:
         resume.adopt(configuration, checkpoint)
     _follow_checkpoint(configuration)
     trackers = tracking.choose(run.report_to)
-    config = _check_model(
-        model,
-        configuration.method,
-        sharding=run.sharding,
-        on_cpu=run.device == "cpu",
-        processes=ranks.world_size() if sharding.shares_out_base(configuration) else 1,
-        offloaded=run.offload_base,
-    )
+    config = _check_model(configuration)
     sharding.check(configuration, config)
     training = configuration.training
     schedule.check(training, [name for name, origin in configuration.explicit.items() if origin == "flag"])
@@ -161,32 +153,22 @@ def _bring(found: RunDirectory, run: RunArguments, lock: RunLock) -> None:
         bring_run(found)
 
 
-def _check_model(
-    settings: ModelArguments,
-    method: Method,
-    *,
-    sharding: str,
-    on_cpu: bool,
-    processes: int = 1,
-    offloaded: bool = False,
-) -> PreTrainedConfig:
-    """Refuse a model of unknown layout or too large for the device, before its weights are downloaded.
-
-    Args:
-        processes: over which the base is shared out.
-        offloaded: whether its blocks are in CPU memory.
-    """
+def _check_model(configuration: Configuration) -> PreTrainedConfig:
+    """Refuse a model of unknown layout or too large for the device, before its weights are downloaded."""
     import torch
 
     from falcon_qlora.kernels import fp8
     from falcon_qlora.methods.interface import trainable_count
+    from falcon_qlora.models.fingerprint import folder_here
     from falcon_qlora.models.layouts import layout_of
     from falcon_qlora.models.load import check_mode_runs_on
     from falcon_qlora.models.locate import find_config
-    from falcon_qlora.models.sizes import check_fits
+    from falcon_qlora.models.schemes import scheme_in
+    from falcon_qlora.models.sizes import check_fits, check_host
     from falcon_qlora.models.zero3 import check_installed
 
-    if sharding == "zero3":
+    settings, method, run = configuration.model, configuration.method, configuration.run
+    if run.sharding == "zero3":
         check_installed()
     device = devices.local_device()
     dtype = devices.compute_dtype(settings.compute_dtype, device)
@@ -198,50 +180,34 @@ def _check_model(
         lambda: find_config(settings.model_name_or_path, revision=settings.model_revision)
     )
     trainable = trainable_count(method, config)
-    if offloaded:
-        _check_host(config, settings, dtype.itemsize)
+    stored = scheme_in(folder_here(settings.model_name_or_path, revision=settings.model_revision))
+    fixed = stored is not None or method.needs_16bit is not None
+    if run.offload_base:
+        check_host(
+            config,
+            settings.quantize_mode,
+            double_quantization=settings.double_quantization,
+            compute_bytes=dtype.itemsize,
+            processes=ranks.local_world_size(),
+            fixed=fixed,
+        )
     if device.type != "cuda":
         count = layout_of(config).parameter_count()
-        if count > _MOST_PARAMETERS_ON_CPU and not on_cpu:
+        if count > _MOST_PARAMETERS_ON_CPU and run.device != "cpu":
             raise UserError(
                 f"{settings.model_name_or_path} has {count / 1e9:.1f} billion parameters, and no GPU is "
                 "visible (see nvidia-smi and CUDA_VISIBLE_DEVICES). If the CPU is meant: --device cpu"
             )
         return config
-    ways = []
-    if not (offloaded or method.is_whole or method.why_base_stays_whole):
-        ways = ["--sharding fsdp"] * (processes == 1 < ranks.world_size()) + ["--offload_base"]
     check_fits(
         config,
         settings.quantize_mode,
         trainable=trainable,
         free_bytes=torch.cuda.mem_get_info(device)[0],
         double_quantization=settings.double_quantization,
-        processes=processes,
-        offloaded=offloaded,
-        ways=ways,
+        processes=ranks.world_size() if sharding.shares_out_base(configuration) else 1,
+        offloaded=run.offload_base,
+        ways=sharding.ways_to_hold_less(configuration),
+        fixed=fixed,
     )
     return config
-
-
-def _check_host(config: PreTrainedConfig, settings: ModelArguments, compute_bytes: int) -> None:
-    """Refuse a base that CPU memory does not hold as often as there are processes on this node."""
-    from falcon_qlora.checkpoint.host_copy import free_host_bytes
-    from falcon_qlora.models.sizes import stored_bytes
-
-    each = stored_bytes(
-        config,
-        settings.quantize_mode,
-        double_quantization=settings.double_quantization,
-        compute_bytes=compute_bytes,
-    )
-    here, free = ranks.local_world_size(), free_host_bytes()
-    if here * each > free:
-        of_all = f", {gib(here * each, 1)} for the {here} processes here" if here > 1 else ""
-        raise UserError(
-            f"--offload_base: the blocks' weights in {settings.quantize_mode} take {gib(each, 1)} of CPU "
-            f"memory{of_all}, and {gib(free, 1)} are free: {gib(here * each - free, 1)} short. Use "
-            + ("fewer --gpus, " if here > 1 else "")
-            + ("" if settings.quantize_mode == "4bit" else "--quantize_mode 4bit, ")
-            + "a smaller model, or a machine with more memory"
-        )

@@ -26,6 +26,7 @@ from falcon_qlora.config.trainer_arguments import TrainerArguments
 from falcon_qlora.data.stream import changed_source
 from falcon_qlora.methods.adapter_folder import RECORD, read_record
 from falcon_qlora.methods.open_adapter import is_as_recorded
+from falcon_qlora.methods.table import is_whole
 from falcon_qlora.processes import agreement, launcher, ranks
 from falcon_qlora.run_folder.directory import RunDirectory
 from falcon_qlora.terminal.console import note
@@ -142,10 +143,11 @@ def _require_on_all_nodes(checkpoint: str) -> None:
 
 def _check_may_begin(directory: RunDirectory, resume: str) -> None:
     if resume != AUTO:
-        raise UserError(f"--resume: {directory} holds no checkpoint yet; {_another_way(directory)}")
+        raise UserError(f"--resume: {directory.name} holds no checkpoint yet; {_another_way(directory)}")
     if directory.adapter.exists():
         raise UserError(
-            f"--resume auto: {directory} holds a finished run without checkpoints; {_another_way(directory)}"
+            f"--resume auto: {directory.name} holds a finished run without checkpoints; "
+            f"{_another_way(directory)}"
         )
 
 
@@ -191,7 +193,8 @@ def _refuse_if_not_whole(checkpoint: Path) -> None:
     record = manifest.read_manifest(checkpoint)
     if not record.get("resumable"):
         raise UserError(
-            f"--resume {checkpoint}: it was saved with --save_only_model, without the optimizer's state"
+            f"--resume {checkpoint}: it was saved with --save_only_model, without the optimizer's state; "
+            f"begin a new run from it with {' '.join(map(quoted, _beginning_from(checkpoint)))}"
         )
     check_trainer_state(checkpoint)
     # The same facts from other places.
@@ -200,6 +203,15 @@ def _refuse_if_not_whole(checkpoint: Path) -> None:
         value = record.get(name)
         if not is_count(value, least=1) or value != known.get(name, value):
             raise _not_what_training_wrote(checkpoint, name, value)
+
+
+def _beginning_from(checkpoint: Path) -> list[str]:
+    """The flags by which a run begins from what a checkpoint has trained."""
+    record = read_record(checkpoint) if (checkpoint / RECORD).is_file() else {}
+    if not is_whole(record):
+        return ["--adapter", str(checkpoint)]
+    tokenizer = record.get("tokenizer") or record.get("base_model")
+    return ["-m", str(checkpoint), *(["--tokenizer_name_or_path", tokenizer] if tokenizer else [])]
 
 
 def _not_what_training_wrote(checkpoint: Path, name: str, value: Any) -> UserError:

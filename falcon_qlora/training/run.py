@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from falcon_qlora.common.errors import EXIT_HANGING
+from falcon_qlora.common.errors import EXIT_HANGING, memory_advice
 from falcon_qlora.config import Configuration
 from falcon_qlora.processes import agreement, endings, launcher, ranks
 from falcon_qlora.processes.command_clock import command_began
@@ -32,16 +32,20 @@ def train(configuration: Configuration) -> Path:
     """
     from falcon_qlora.run_folder.lock import RunLock
     from falcon_qlora.terminal.console import note
+    from falcon_qlora.training.sharding import ways_to_take_less
 
     began = command_began(default=time.time())
     # Processes that torchrun ends before it starts others may take a while to exit.
     patience = 60.0 if ranks.restart_count() else 0.5
+    goes_on = "" if configuration.run.dry_run else ". A run goes on from its last checkpoint with --resume"
+    less = memory_advice(f"take less: {', '.join(ways_to_take_less(configuration))}{goes_on}")
     with RunLock(note, patience_seconds=patience) as lock:
         if not configuration.run.dry_run:
-            return _train(configuration, lock, began)
+            with less:
+                return _train(configuration, lock, began)
         from falcon_qlora.training.dry_run import DryRun
 
-        with DryRun(configuration) as trial:
+        with DryRun(configuration) as trial, less:
             return _train(configuration, lock, began, trial)
         raise AssertionError("unreachable")
 
@@ -62,7 +66,7 @@ def _train(configuration: Configuration, lock: RunLock, began: float, trial: Dry
         from falcon_qlora.training.alike import check_alike
         from falcon_qlora.training.base import check_base
         from falcon_qlora.training.disk import check_disk, waiting_saves
-        from falcon_qlora.training.sharding import shard_if_wanted, shares_out_base
+        from falcon_qlora.training.sharding import shard_if_wanted, shares_out_base, ways_to_take_less
 
         if not gc.isenabled():  # as `falcon_qlora.train` has it; what the libraries made stays
             gc.freeze()
@@ -87,7 +91,8 @@ def _train(configuration: Configuration, lock: RunLock, began: float, trial: Dry
     configuration.log_steps_of_short_run(data.total_steps)
     if trial is None and resume.is_done(start.directory, start.checkpoint, data.total_steps):
         finish.leave_as_it_is(start.directory, steps=data.total_steps)
-        finish.mirror_rest(Mirror.of(start.directory, limit=training.save_total_limit, goes_on=True))
+        mirror = Mirror.of(start.directory, limit=training.save_total_limit, goes_on=True)
+        finish.mirror_rest(start.directory, mirror)
         finish.upload(start.directory, training)
         return start.directory.path
 
@@ -155,7 +160,7 @@ def _train(configuration: Configuration, lock: RunLock, began: float, trial: Dry
         if trial is not None:
             trial.try_parts(trainer)
         with phase("first_step", "preparing the first step"):
-            warm_up(trainer, run, max_length=max_length)
+            warm_up(trainer, ways_to_take_less(configuration))
         start.trackers.start(
             directory=directory,
             config=configuration.resolved(),
@@ -222,6 +227,6 @@ def _train(configuration: Configuration, lock: RunLock, began: float, trial: Dry
         raise
     else:
         trainer.close()
-        finish.mirror_rest(mirror)
+        finish.mirror_rest(directory, mirror)
         finish.upload(directory, training)
     return directory.path

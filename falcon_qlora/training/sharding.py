@@ -84,6 +84,29 @@ def shares_out_base(configuration: Configuration) -> bool:
     return configuration.run.sharding == "fsdp" and not configuration.method.is_whole
 
 
+def ways_to_hold_less(configuration: Configuration) -> list[str]:
+    """Flags with which less of the base would be on this device."""
+    run, method = configuration.run, configuration.method
+    if run.offload_base or method.is_whole or method.why_base_stays_whole is not None:
+        return []
+    if run.sharding == "fsdp":
+        return ["--offload_base instead of --sharding fsdp"]
+    return ["--sharding fsdp"] * (ranks.world_size() > 1) + ["--offload_base"]
+
+
+def ways_to_take_less(configuration: Configuration) -> list[str]:
+    """What takes less of a GPU's memory in a step."""
+    run, data = configuration.run, configuration.data
+    ways, smallest = ["a smaller -b"], str(data.max_length)
+    if data.packing:
+        ways = [f"--batch_tokens {smallest}"] * (run.batch_tokens != smallest)
+    ways += ["a smaller --max_length"]
+    ways += ["--checkpointing full"] * (run.checkpointing in ("none", "selective"))
+    ways += ["--checkpointing offload"] * (run.checkpointing != "offload")
+    ways += ["--recipe smallest"] * (run.recipe != "smallest")
+    return [*ways, *ways_to_hold_less(configuration)]
+
+
 def has_unsuitable_optimizer_of_recipe(configuration: Configuration) -> bool:
     """Whether a recipe, and not the user, names an optimizer that does not work on a sharded model."""
     of_recipe = configuration.explicit.get("optim") == f"recipe {configuration.run.recipe}"

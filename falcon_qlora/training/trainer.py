@@ -208,6 +208,7 @@ class FalconTrainer(SFTTrainer):
         self.logged_step = self.began_at = self.state.global_step
         self.step.begin(self.optimizer.optimizer, self.accelerator, self._backward)
         self.step.shrink = self._shrink if self.cutter.may_shrink else None
+        self.step.room_bytes = self.cutter.optimizer_bytes if self._resumption is None else 0
         if zero3.is_zero3(self.model):  # its weights have moved; it never resumes from a checkpoint
             self.footprint_at_start = footprint(self.model)
         if self._resumption is not None:

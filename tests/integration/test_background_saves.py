@@ -17,6 +17,7 @@ from falcon_qlora.checkpoint import checkpointer, host_copy
 from falcon_qlora.checkpoint.adapter_check import AdapterFaultError
 from falcon_qlora.checkpoint.checkpointer import Checkpointer
 from falcon_qlora.checkpoint.manifest import fault
+from falcon_qlora.common import host_memory
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.processes import launcher
 from falcon_qlora.training.trainer import FalconTrainer
@@ -127,8 +128,8 @@ def test_a_control_group_without_room_for_a_copy_has_the_training_wait_and_the_s
 ) -> None:
     """Version 2 with the limit on a group above, version 1 as a container sees it, at the root."""
     names, line, place = {
-        1: (host_copy._VERSION_1, "4:cpu,memory:/as/the/host/has/it", "memory"),
-        2: (host_copy._VERSION_2, "0::/job/step", "job"),
+        1: (host_memory._VERSION_1, "4:cpu,memory:/as/the/host/has/it", "memory"),
+        2: (host_memory._VERSION_2, "0::/job/step", "job"),
     }[version]
     groups, own = tmp_path / "groups", tmp_path / "own"
     (groups / place).mkdir(parents=True)
@@ -138,9 +139,9 @@ def test_a_control_group_without_room_for_a_copy_has_the_training_wait_and_the_s
     (groups / "job" / "step").mkdir(parents=True, exist_ok=True)
     (groups / "job" / "step" / "memory.max").write_text("max\n")
     own.write_text(f"9:name=systemd:/\n{line}\n")
-    monkeypatch.setattr(host_copy, "_GROUPS", groups)
-    monkeypatch.setattr(host_copy, "_OWN_GROUPS", own)
-    assert host_copy.free_host_bytes() == 2**20
+    monkeypatch.setattr(host_memory, "_GROUPS", groups)
+    monkeypatch.setattr(host_memory, "_OWN_GROUPS", own)
+    assert host_memory.free_host_bytes() == 2**20
     needed, threads = [], set()
     real_decide, real_write = Checkpointer.too_large, Checkpointer._write
     monkeypatch.setattr(

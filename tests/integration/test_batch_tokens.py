@@ -144,6 +144,32 @@ def test_out_of_memory_in_the_first_step_gives_all_ranks_the_next_cut_and_keeps_
 
 
 @pytest.mark.slow
+def test_memory_that_lacks_only_once_the_optimizers_state_is_there_shows_in_the_first_step(
+    processes: Processes,
+) -> None:
+    """Not in the second, which could only split its micro-batches."""
+    short = [{"do": "card", "mib": 60}, {"do": "memory", "rank": 1, "tokens": 200, "beside": "optimizer"}]
+    folder = processes.folder
+    status, output, errors = run(processes, "--output_dir", "later", faults=short, settings=WORDS)
+    assert (status, errors) == (0, "")
+    assert output.count("out of memory") == 1
+    assert "out of memory in the first step on rank 1: all ranks began it again with" in output
+    assert summary(folder / "later")["micro_batch_parts"] == 1
+    kept = record(folder / "later", 10)
+    assert kept["tokens"] <= 200
+    same = [{"do": "card", "mib": kept["gib"] * 1024}]
+    assert run(processes, "--output_dir", "from_the_start", faults=same, settings=WORDS)[0] == 0
+    assert record(folder / "from_the_start", 10)["tokens"] == kept["tokens"]
+    assert_same_run(folder / "later", folder / "from_the_start")
+    # It goes on with what it has, beside a state that is there.
+    stop = [*short, {"do": "signal", "step": 5, "rank": 0, "number": 15, "to": "launcher"}]
+    run(processes, "--output_dir", "halted", faults=stop, settings=WORDS)
+    assert not (folder / "halted/summary.json").exists()
+    assert run(processes, "--resume", "halted", faults=short, settings=[])[0] == 0
+    assert_same_run(folder / "halted", folder / "from_the_start")
+
+
+@pytest.mark.slow
 def test_another_cut_on_resume_is_told(processes: Processes) -> None:
     folder = processes.folder
     stop = [{"do": "signal", "step": 5, "rank": 0, "number": 15, "to": "launcher"}]

@@ -101,7 +101,7 @@ def test_a_trial_that_does_not_fit_says_what_to_change(
     monkeypatch.setattr(activations, "warms_up", lambda device: True)
     monkeypatch.setattr("falcon_qlora.step.loss.sum_of_losses", too_much)
     with pytest.raises(
-        UserError, match=r"does not fit.*--checkpointing full, or --checkpointing offload, or.* -b"
+        UserError, match=r"does not fit.*: --batch_tokens \d+, a smaller .*, --checkpointing full, --check"
     ):
         fine_tune(tmp_path / "run", checkpointing="none")
     assert not (tmp_path / "run").exists()

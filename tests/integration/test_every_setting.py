@@ -42,7 +42,7 @@ from falcon_qlora.config.trainer_arguments import TrainerArguments
 from falcon_qlora.inference import evaluation, sample_answers
 from falcon_qlora.models import hub
 from falcon_qlora.models.tiny import tiny_path
-from falcon_qlora.processes import agreement
+from falcon_qlora.processes import meeting
 from falcon_qlora.step import loss as step_loss
 from falcon_qlora.terminal import charts
 from falcon_qlora.training import trainer as training
@@ -262,6 +262,7 @@ _HERE = "tests.integration.test_every_setting"
 _MATRIX = "tests.integration.test_interruption_matrix"
 _SHARDING = "tests.integration.test_sharding"
 ELSEWHERE = {
+    "meet_minutes": "tests.integration.test_meeting:start",
     "hang_minutes": f"{_MATRIX}:test_a_process_that_hangs_is_named_and_the_run_ends",
     "max_restarts": f"{_MATRIX}:test_torchruns_restarts_resume_by_themselves",
     "sharding": f"{_SHARDING}:test_two_processes_with_half_of_the_model_each_train_what_one_does",
@@ -486,11 +487,11 @@ def test_where_nodes_meet(words: list[str]) -> None:
 
 def test_how_processes_meet(monkeypatch: pytest.MonkeyPatch) -> None:
     met: list[dict[str, Any]] = []
-    monkeypatch.setattr(agreement, "fresh_store", lambda seconds: seconds)
+    monkeypatch.setattr(meeting, "fresh_store", lambda patience, seconds: (patience, seconds))
     monkeypatch.setattr(accelerate, "PartialState", lambda **settings: met.append(settings))
     configuration = config.parse(["--ddp_timeout", "7", "--ddp_backend", "gloo"])
-    _start_process_group({"use_cpu": True, **configuration.trainer})
-    assert (met[0]["backend"], met[0]["timeout"].seconds, met[0]["store"]) == ("gloo", 7, 7)
+    _start_process_group({"use_cpu": True, **configuration.trainer}, 60)
+    assert (met[0]["backend"], met[0]["timeout"].seconds, met[0]["store"]) == ("gloo", 7, (60, 7))
 
 
 @pytest.mark.slow

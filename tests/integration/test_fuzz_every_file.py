@@ -83,10 +83,11 @@ READERS = {
     "common/untrusted.py": test_untrusted.test_no_model_makes_the_loader_crash,
     "common/settings.py": None,
     "common/library_imports.py": None,
+    "common/host_memory.py": None,
     "processes/launcher.py": None,
     "processes/cores.py": None,
-    "processes/agreement.py": None,  # as the next: what ranks write into torch's store
-    "processes/lookout.py": None,
+    "processes/lookout.py": None,  # as the next: what ranks write into torch's store
+    "processes/meeting.py": None,
     "run_folder/environment.py": None,
     "training/alike.py": None,
     "models/locate.py": test_untrusted.test_no_model_makes_the_loader_crash,
@@ -94,7 +95,6 @@ READERS = {
     "commands/worker.py": None,
     "processes/ranks.py": None,
     "processes/command_clock.py": None,
-    "checkpoint/host_copy.py": None,
     "checkpoint/adapter_check.py": checkpoints.test_before_anything_is_loaded,
     "config/help.py": None,
     "processes/endings.py": None,

@@ -328,7 +328,8 @@ class TestDamage:
         monkeypatch.setattr(build, "merged_tensors", halved)
         message = self.refused(run, tmp_path / "merged", capsys, "--base", base)
         assert "worse than the adapter" in message
-        assert "Nothing was kept" in message
+        untried = {"dequantized": "--base 16bit, or --dtype fp32", "auto": "--dtype fp32"}
+        assert message.endswith(f"Nothing was kept. Try {untried[base]}")
 
     def test_a_linear_that_is_left_out(self, run, tmp_path, capsys, monkeypatch):
         real = Lora.merged_weight

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -51,3 +53,45 @@ def test_a_run_goes_on_offloaded_or_not(tmp_path: Path) -> None:
         assert "going on from step 2" in result.stdout
         assert ("in CPU memory" in result.stdout) == (name == "again")
         assert_same_run(run, whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("flags", "gpus"),
+    [
+        ("--offload_base", 1),  # whose settings are eval's
+        ("--use_dora", 1),
+        ("--sharding fsdp", 2),
+        ("-q 16bit --method full", 1),
+    ],
+)
+def test_what_was_trained_is_measured_and_merged_from_cpu_memory_to_the_last_bit(
+    tmp_path: Path, flags: str, gpus: int
+) -> None:
+    run = tmp_path / "run"
+    settings = [each for each in SETTINGS if "full" not in flags or each not in ("--lora_r", "8")]
+    train(run, *settings, "--eval_split", "0.1", *flags.split(), gpus=gpus)
+
+    def figures(*more: str) -> dict[str, Any]:
+        result = command("eval", "--adapter", run, "--results", tmp_path / "figures.json", *more)
+        assert result.returncode == 0, result.stderr
+        return json.loads((tmp_path / "figures.json").read_text())
+
+    resident = figures("--offload_base", "false")
+    assert figures("--offload_base") == resident
+    if flags == "--offload_base":
+        assert figures() == resident
+    if "full" in flags:
+        return
+    for way in ("true", "false"):
+        merge = ("merge", "--adapter", run, "--out", tmp_path / way, "--offload_base", way)
+        assert command(*merge, "--held_out_tokens", "256").returncode == 0
+    one, other = (json.loads((tmp_path / way / "certificate.json").read_text()) for way in ("true", "false"))
+    assert one == other
+
+
+@pytest.mark.slow
+def test_every_run_with_it_says_with_it_how_its_adapter_is_tried(tmp_path: Path) -> None:
+    words = ("train", "--output_dir", tmp_path / "run", "--report_to", "none", *SETTINGS)
+    assert "generate --adapter" in (told := command(*words, *OFFLOADED).stdout)
+    assert f"{tmp_path / 'run/adapter'} --offload_base --prompt" in told

@@ -9,7 +9,9 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -18,6 +20,7 @@ from falcon_qlora import __main__ as cli
 from falcon_qlora.common.record_files import PREPARED
 from falcon_qlora.models.fingerprint import model_fingerprint
 from falcon_qlora.models.prepare import Preparation
+from falcon_qlora.models.prepared import read_prepared, write_prepared
 from falcon_qlora.models.tiny import tiny_path
 from tests.integration.interrupted import assert_same_run
 from tests.integration.processes import Processes
@@ -30,6 +33,20 @@ STEPS = (
 ).split()
 LOOSE = "--held_out_tokens 256 --max_loss_increase 9 --max_kl_divergence 9".split()
 MODES = ("4bit", "8bit")
+
+
+def rewrite(base: Path, **changed: Any) -> None:
+    """Have the record of a prepared base say something else, as if it had been written so."""
+    told = read_prepared(base)
+    assert told is not None
+    write_prepared(base, replace(told, **changed))
+
+
+def edit(base: Path, name: str, value: Any) -> None:
+    """Change the record by hand."""
+    told = json.loads((base / PREPARED).read_text())
+    assert told[name] != value
+    (base / PREPARED).write_text(json.dumps(told | {name: value}, indent=2))
 
 
 def prepare(*words: str | Path) -> int:
@@ -115,8 +132,7 @@ def test_a_merge_finds_the_original(runs: Path, tmp_path: Path, mode: str) -> No
 @pytest.mark.slow
 def test_a_merge_without_the_original(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     moved = Path(shutil.copytree(runs, tmp_path / "all"))
-    file = moved / "4bit" / PREPARED
-    file.write_text(file.read_text().replace(str(runs / "base"), str(tmp_path / "gone")))
+    rewrite(moved / "4bit", origin=str(tmp_path / "gone"))
     words = ["merge", "--adapter", moved / "on-4bit", "-m", moved / "4bit", *LOOSE]
     told = refused(capsys, *words, "--out", tmp_path / "no", "--base", "16bit")
     assert "quantized from is not known here, or has changed" in told
@@ -232,6 +248,10 @@ CHANGES: dict[str, Callable[[Path], object]] = {
         (base / "config.json").read_text().replace("10000.0", "10001.0")
     ),
     "record": lambda base: (base / PREPARED).write_text("{}"),
+    "origin": lambda base: edit(base, "origin", "tiiuae/falcon-7b"),
+    "revision": lambda base: edit(base, "revision", "main"),
+    "device": lambda base: edit(base, "settings", {"quantize_mode": "4bit"}),
+    "checksum": lambda base: edit(base, "sha256", None),
 }
 
 
@@ -250,6 +270,20 @@ def test_a_folder_that_was_changed_is_refused(
     assert "damaged" in capsys.readouterr().out
 
 
+def test_a_record_of_an_older_release_opens(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = Path(shutil.copytree(folder / "4bit", tmp_path / "4bit"))
+    old = json.loads((base / PREPARED).read_text())
+    del old["sha256"]
+    (base / PREPARED).write_text(json.dumps(old | {"format": 1}))
+    assert model_fingerprint(str(base)) == model_fingerprint(str(folder / "base"))
+    words = ["--prompt", "x", "--max_new_tokens", "2"]
+    assert cli.main(["generate", "-m", str(base), *words]) == 0
+    assert cli.main(["inspect", str(base)]) == 0
+    assert str(folder / "base") in capsys.readouterr().out
+
+
 def test_a_change_between_the_samples_of_a_large_file_is_found(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -258,8 +292,7 @@ def test_a_change_between_the_samples_of_a_large_file_is_found(
     base = Path(shutil.copytree(folder / "4bit", tmp_path / "4bit"))
     monkeypatch.setattr(fingerprint, "_WHOLE_BYTES", 0)
     monkeypatch.setattr(fingerprint, "_SAMPLES", 2)
-    told = json.loads((base / PREPARED).read_text())
-    (base / PREPARED).write_text(json.dumps(told | {"content": fingerprint.content_hash(base)}))
+    rewrite(base, content=fingerprint.content_hash(base))
     content = bytearray((base / "model.safetensors").read_bytes())
     content[1_500_000] ^= 1
     (base / "model.safetensors").write_bytes(content)

@@ -93,6 +93,9 @@ def test_killed_in_an_upload_it_goes_on_on_another_machine_to_the_last_bit(work:
     assert (status, errors) == (0, "")
     assert "going on from step 4" in output
     assert f"copied to {URL}" in output
+    end = output.partition(" done ")[2]
+    assert f"try it falcon-qlora generate --adapter {URL} --prompt" in end
+    assert end.count(str(second.run)) == 1
     assert_same_run(second.run, work / "reference_run")
     there = {name.removeprefix("bucket/run/"): name for name in objects(store)}
     assert by_url.steps_at(there) == by_url.steps_here(second.run)
@@ -120,6 +123,7 @@ def test_a_store_that_is_gone_for_the_whole_run_is_told_and_the_run_is_uploaded_
     found = re.search(rf"all steps are done, but {URL} lacks (.*) \(UnreachableError", output)
     assert found is not None
     assert {"step-8", "step-10", "adapter", "summary.json"} <= set(found[1].split(", "))
+    assert output.endswith(f"; upload it with: falcon-qlora train --resume {URL}")
     assert_same_run(machine.run, work / "reference_run")
     status, _, errors = Machine(work, store, "nothing")(*WORDS)
     told = (
@@ -127,9 +131,12 @@ def test_a_store_that_is_gone_for_the_whole_run_is_told_and_the_run_is_uploaded_
     )
     assert (status, errors) == (2, f"{told} URL)\n")
     (store / "GONE").unlink()
-    status, output, errors = machine(*WORDS)
+    status, output, errors = machine("train", "--resume", URL)
     assert (status, errors) == (0, "")
     assert f"copied to {URL}" in output
+    assert f"{URL} is done: nothing is left to train of {STEPS} steps" in output
+    anew = f"falcon-qlora train --config {machine.run}/config.yaml --output_dir {URL} --overwrite"
+    assert f"begun anew with: {anew}" in output
     assert by_url.steps_at({name.removeprefix("bucket/run/"): 0 for name in objects(store)}) == [8, STEPS]
 
 

@@ -118,6 +118,8 @@ ADVICE: list[tuple[str, list[Step]]] = [
     (f"{TRAIN} --resume", [("as (--resume) PATH", "--resume", " runs/old")]),
     (f"{TRAIN} --output_dir runs/old", [(r"\((--resume)\)", "", "")]),
     (f"{TRAIN} --output_dir runs/old", [(r"\((--overwrite)\)", "", "")]),
+    (f"{TRAIN} --dry_run --output_dir runs/old",
+     [(r"already\. Replace it \((--overwrite)\)", "", "")]),
     (f"{TRAIN} --resume runs/old --output_dir new", [("leave --output_dir out()", "--output_dir new", "")]),
     # Rows
     (f"{DATA} odd.jsonl", [("Name your columns with (--text_column)", "", " words")]),
@@ -142,6 +144,8 @@ WITH_MODELS: list[tuple[str, list[Step]]] = [
     (f"{SHORT} --kernels off --checkpointing selective",
      [("give (--checkpointing full),", "--checkpointing selective", "")]),
     (f"{SHORT} --adapter runs/old --lora_r 5", [(DROP, "--lora_r 5", "")]),
+    (f"{SHORT} --resume light/checkpoints/step-2",
+     [(r"a new run from it with (--adapter \S+)", "--resume light/checkpoints/step-2", "")]),
     (f"{SHORT} --output_dir begun --resume", [("start it again with (--overwrite)", "--resume", "")]),
     *((f"{SHORT} --output_dir others {way}", [("; name another (folder)", "others", "_of_mine")])
       for way in ("", "--overwrite")),
@@ -188,6 +192,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "prompts.json").write_text('["Hi"]')
     shutil.copytree(tiny_path(), tmp_path / "whole" / "adapter")
     shutil.copytree(OLD_RUN / "runs", tmp_path / "runs")
+    light = shutil.copytree(tmp_path / "runs" / "old", tmp_path / "light") / "checkpoints/step-2"
+    told = json.loads((light / "manifest.json").read_text())
+    (light / "manifest.json").write_text(json.dumps(told | {"resumable": False}))
     gone = shutil.copytree(tmp_path / "runs" / "old" / "adapter", tmp_path / "gone")
     for name, key in (
         ("falcon_qlora.json", "base_model"),

@@ -12,7 +12,7 @@ import pytest
 
 from falcon_qlora.checkpoint.checkpointer import Checkpointer
 from falcon_qlora.checkpoint.manifest import MANIFEST, fault, newest_whole, write_manifest
-from falcon_qlora.checkpoint.write import rotate, set_aside_after
+from falcon_qlora.checkpoint.write import last_complete, rotate, set_aside_after
 
 
 def make(folder: Path, step: int) -> Path:
@@ -146,3 +146,16 @@ def test_the_model_is_left_alone_until_a_save_has_read_it(tmp_path: Path) -> Non
     assert not free.wait(0.2)
     goes_on.set()
     assert free.wait(5)
+
+
+def test_the_last_complete_checkpoint_is_named_with_what_goes_on_from_it(tmp_path: Path) -> None:
+    assert last_complete(tmp_path, None) == "There is no complete checkpoint."
+    folder = tmp_path / "step-4"
+    folder.mkdir()
+    write_manifest(folder, {"step": 4, "resumable": True})
+    told = f"The last complete checkpoint is {folder}"
+    assert last_complete(tmp_path, None) == f"{told}: resume it with --resume."
+    # By the folder here it would go on without being copied to its address.
+    assert last_complete(tmp_path, "s3://b/run") == f"{told}: go on from it with --resume s3://b/run."
+    write_manifest(folder, {"step": 4, "resumable": False})
+    assert last_complete(tmp_path, None) == f"{told}, weights only: the run cannot be resumed."

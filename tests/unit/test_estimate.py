@@ -115,6 +115,11 @@ def test_a_base_in_cpu_memory_takes_two_blocks_of_the_card_and_each_pass_its_wor
             )
     main(["estimate", *words.split(), "--gpu", "h200", "--offload_base", "-b", "1", "--max_length", "512"])
     assert "the copies limit both passes: a larger -b hides them" in capsys.readouterr().out
+    for more, helps in (("", True), ("--use_dora", False), ("--method full -q 16bit", False)):
+        main(["estimate", *smallest.split(), *more.split()])
+        told = capsys.readouterr().out
+        assert "does not fit a card of 16 GiB" in told
+        assert ("--offload_base fits it: 9.4 GiB, --checkpointing offload, and 19.6 GiB of" in told) is helps
 
 
 def test_a_t4_computes_in_float16_on_the_reference_path(capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,7 +20,9 @@ from falcon_qlora.config import parse
 from falcon_qlora.data.templates import Turn, get_template, template_fingerprint
 from falcon_qlora.data.tokens import prompt_ids
 from falcon_qlora.inference.generation import choose_tokens, generate_batch, generate_stream
+from falcon_qlora.models import load
 from falcon_qlora.models.fingerprint import model_fingerprint
+from falcon_qlora.models.host_base import HostCopy
 from falcon_qlora.models.load import load_model
 from falcon_qlora.models.tiny import tiny_path
 from falcon_qlora.models.tokenizer import load_tokenizer
@@ -329,6 +331,46 @@ def test_chat_keeps_what_was_said(
     assert text.endswith(
         "User: Name a bird.\n\nAssistant: An owl.<|endoftext|>\n\nUser: Another!\n\nAssistant:"
     )
+
+
+def test_a_base_in_cpu_memory_answers_and_chats_as_one_on_the_device(
+    adapter: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[HostCopy] = []
+    real = HostCopy.__init__
+    monkeypatch.setattr(HostCopy, "__init__", lambda self, *given: (made.append(self), real(self, *given))[1])
+
+    def said(*words: str) -> str:
+        monkeypatch.setattr("sys.stdin", io.StringIO("Name a bird.\nAnother!\n\n"))
+        assert generate.main(["--adapter", str(adapter), "--max_new_tokens", "8", *words]) == 0
+        return capsys.readouterr().out
+
+    for words in (["--chat"], ["--compare", "--prompt", "Name a bird.", "--temperature", "1"]):
+        before = len(made)
+        resident = said(*words)
+        assert len(made) == before
+        assert said(*words, "--offload_base") == resident != ""
+        assert len(made) == before + 1
+
+
+def test_a_base_that_does_not_fit_or_runs_out_is_told_to_be_kept_in_cpu_memory(
+    adapter: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def runs_out(*_: Any, ways: list[str], **__: Any) -> Any:
+        asked.append(ways)
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has")
+
+    asked: list[list[str]] = []
+    monkeypatch.setattr(load, "load_model", runs_out)
+    words = ["generate", "--adapter", str(adapter), "--prompt", "x"]
+    assert cli.main(words) == 1
+    told = capsys.readouterr().err
+    assert told.endswith("Free memory on it, or take less: a smaller --max_new_tokens, --offload_base\n"), (
+        told
+    )
+    assert cli.main([*words, "--offload_base"]) == 1
+    assert "--offload_base" not in capsys.readouterr().err
+    assert asked == [["--offload_base"], []]
 
 
 @pytest.mark.parametrize(

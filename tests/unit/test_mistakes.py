@@ -313,6 +313,7 @@ def test_a_large_model_computes_on_the_cpu_where_device_says_so(monkeypatch: pyt
     asked = config.parse(["-m", "random:falcon-7b", "--device", "cpu"])
     assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
     assert "device" not in asked.resolved()
-    preflight._check_model(asked.model, asked.method, sharding="auto", on_cpu=True)
+    preflight._check_model(asked)
+    asked.run.device = "auto"
     with pytest.raises(UserError, match="--device cpu"):
-        preflight._check_model(asked.model, asked.method, sharding="auto", on_cpu=False)
+        preflight._check_model(asked)

@@ -149,6 +149,9 @@ def test_a_model_that_does_not_fit_is_refused_with_the_difference():
     check_fits(config, "4bit", trainable=444_334_080, free_bytes=free)
     with pytest.raises(UserError, match=r"39\.0 GiB and the adapter 1\.7 GiB.* 16\.6 GiB short.*4bit"):
         check_fits(config, "8bit", trainable=444_334_080, free_bytes=free)
+    # Of a checkpoint that is stored so, and of --method full, which trains 16 bits.
+    with pytest.raises(UserError, match=r"short\. Use --offload_base, a smaller model, or"):
+        check_fits(config, "8bit", trainable=0, free_bytes=free, ways=["--offload_base"], fixed=True)
 
 
 _THREE = {"hidden_size": 256, "num_attention_heads": 4, "num_hidden_layers": 3}

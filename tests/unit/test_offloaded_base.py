@@ -12,9 +12,8 @@ import pytest
 import torch
 
 from falcon_qlora import config
-from falcon_qlora.checkpoint import host_copy
 from falcon_qlora.common.errors import UserError
-from falcon_qlora.models import streamed_base
+from falcon_qlora.models import sizes, streamed_base
 from falcon_qlora.models.activations import Checkpointing
 from falcon_qlora.models.host_base import HostCopy
 from falcon_qlora.models.layouts import layout_of
@@ -23,6 +22,7 @@ from falcon_qlora.models.sizes import stored_bytes, weight_bytes
 from falcon_qlora.models.streamed_base import held_for_good, replicated, streamed_base_of
 from falcon_qlora.processes import agreement, ranks
 from falcon_qlora.training import preflight
+from falcon_qlora.training.sharding import ways_to_take_less
 from tests.integration.shared_out import BLOCKS, CASES, computing, difference, made, one_pass
 from tests.layouts import documents
 from tests.packing import packed
@@ -222,13 +222,12 @@ def test_memory_is_two_blocks_on_the_card_and_all_in_page_locked_memory() -> Non
 
 
 def _refusal(words: str, *, free: int, monkeypatch: pytest.MonkeyPatch, processes: int = 1) -> str:
-    monkeypatch.setattr(host_copy, "free_host_bytes", lambda: free)
+    monkeypatch.setattr(sizes, "free_host_bytes", lambda: free)
     monkeypatch.setattr(ranks, "local_world_size", lambda: processes)
     asked = config.parse([*words.split(), "--dataset_name", "sample"])
     try:
-        preflight._check_model(
-            asked.model, asked.method, sharding="auto", on_cpu=True, offloaded=asked.run.offload_base
-        )
+        asked.run.device = "cpu"
+        preflight._check_model(asked)
     except UserError as error:
         return str(error)
     return ""
@@ -256,3 +255,26 @@ def test_a_base_that_cpu_memory_does_not_hold_as_often_as_processes_need_it_is_r
 def test_what_needs_the_whole_base_on_the_device_is_refused_by_name(words: str, told: str) -> None:
     with pytest.raises(UserError, match=told):
         config.parse(["-m", "tiny", "--dataset_name", "sample", "--offload_base", *words.split()])
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "",
+        "--offload_base --recipe smallest --batch_tokens 2048",
+        "--packing false",
+        "--sharding fsdp",
+        "--use_dora",
+        "--method full -q 16bit",
+    ],
+)
+def test_what_a_run_out_of_memory_is_told_to_take_is_taken(words: str) -> None:
+    given = ["-m", "tiny", "--dataset_name", "sample", *words.split()]
+    ways = ways_to_take_less(config.parse(given))
+    helps = not words or words in ("--packing false", "--sharding fsdp")
+    assert any("--offload_base" in way for way in ways) is helps
+    assert ("a smaller -b" in ways) is (words == "--packing false")
+    for way in ways:
+        if not way.startswith("a smaller"):
+            new, _, old = way.partition(" instead of ")
+            config.parse([*" ".join(given).replace(old, "").split(), *new.split()])

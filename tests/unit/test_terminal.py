@@ -154,12 +154,14 @@ def test_how_often_held_out_rows_are_evaluated_is_told() -> None:
 def test_the_end_summary_names_the_path_of_everything_written(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    adapter = tmp_path / ("long ü " * 25) / "adapter"
+    run = RunDirectory(tmp_path / ("long ü " * 25))
+    adapter, picture = run.adapter, run.loss_picture
     adapter.mkdir(parents=True)
-    print_end(SUMMARY, [adapter, tmp_path / "loss.png"], adapter=adapter)
+    picture.touch()
+    print_end(SUMMARY, run.told_contents(), adapter=str(adapter))
     lines = capsys.readouterr().out.splitlines()
     assert any(line.endswith(f"{adapter}/") for line in lines), "a path stays on one line"
-    assert any(str(tmp_path / "loss.png") in line for line in lines)
+    assert any(str(picture) in line for line in lines)
     assert any("3 → 1.5 · best on held-out data 1.6 at step 100" in line for line in lines)
     assert any("steps 3 min 13 s" in line for line in lines)
     (command,) = (line.partition("try it")[2] for line in lines if "try it" in line)
@@ -172,7 +174,7 @@ def test_waiting_for_the_network_is_told_with_what_helps(capsys: pytest.CaptureF
         (0.46, "46.0% of each step was waited for the network; 9.6% with eight"),
         (0.04, "4.0%"),
     ):
-        print_end(SUMMARY | {"network_share": share}, [], adapter=Path("a"))
+        print_end(SUMMARY | {"network_share": share}, [], adapter="a")
         output = " ".join(capsys.readouterr().out.split())
         assert told in output
         assert ("eight times" in output) == (share > 0.05)
@@ -302,7 +304,7 @@ def test_other_processes_print_nothing(
     monkeypatch.setenv("RANK", "1")
     print_start([("model", "tiny")], [])
     _run(5)
-    print_end(SUMMARY, [], adapter=Path("a"))
+    print_end(SUMMARY, [], adapter="a")
     console.note("nothing")
     assert capsys.readouterr().out == ""
 
