@@ -6,6 +6,7 @@ Values are converted and checked in the same way from every source; the source i
 import difflib
 import json
 import re
+import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,6 +70,7 @@ class FalconParser:
         extra = {each.name: each for arguments in more for each in settings_of(arguments)}
         shared = [*our_settings(), *settings_of(TrainerArguments)]
         self.extra_names = extra.keys()
+        self.replaced: list[str] = []  # by `read_flags`: a sentence for each flag that a later one replaced
         self._hidden = extra.keys() & {each.name for each in shared}
         self.settings = {each.name: each for each in shared} | extra
         self._of_flag = {
@@ -89,6 +91,7 @@ class FalconParser:
         """
         values: dict[str, Any] = {}
         given: dict[str, str] = {}
+        typed: dict[str, _Given] = {}
         faults: list[str] = []
         for each in self._split(argv):
             if not each.flag:
@@ -104,7 +107,11 @@ class FalconParser:
                     raise _same(earlier, each.flag)
                 if setting.name == "config" and "config" in values:
                     raise UserError("--config is given twice; give one file")
-                values[setting.name] = self._read(setting, self._value(setting, each), each.flag)
+                value = self._read(setting, self._value(setting, each), each.flag)
+                if values.setdefault(setting.name, value) != value:
+                    self.replaced.append(_replaced(setting, each, typed[setting.name]))
+                typed[setting.name] = each
+                values[setting.name] = value
             except UserError as error:
                 faults.append(str(error))
         refuse(faults)
@@ -288,6 +295,15 @@ def refuse(faults: Sequence[str], heading: str = "{} things to mend") -> None:
     if faults:
         lines = [heading.format(len(faults)), *(f"  {fault}" for fault in faults)]
         raise UserError(*(faults if len(faults) == 1 else lines))
+
+
+def _replaced(setting: Setting, last: _Given, earlier: _Given) -> str:
+    if setting.secret:
+        return f"{last.flag} is given twice, and the last one counts"
+    counts, not_this = (shlex.join(each.words) or "true" for each in (last, earlier))
+    told = f"{last.flag} is given twice: {counts} counts, not {not_this}"
+    is_both = setting.is_list and not {*last.words} & {*earlier.words}
+    return f"{told}. For both: {last.flag} {not_this} {counts}" if is_both else told
 
 
 def _same(earlier: str, flag: str) -> UserError:

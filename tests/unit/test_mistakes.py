@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shlex
@@ -38,6 +39,7 @@ def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
 
     monkeypatch.setattr(launcher, "_run_one", run_one)
     monkeypatch.setattr(launcher, "_launch", lambda argv, folder, **_: run_one(argv, folder))
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n"))
     monkeypatch.chdir(tmp_path)
     write_jsonl(tmp_path / "rows.jsonl", [{"instruction": "Say 1.", "output": "1"}] * 8)
     for folder in ("empty", "run/adapter", "run/checkpoints", "whole/adapter"):
@@ -113,6 +115,11 @@ ROWS = "-m tiny --dataset_name rows.jsonl"
          ["random:falcon-7b has 6.9 billion parameters, and no GPU is visible", "--device cpu"]),
         ("bench --variants oours", ["--variants: there is no 'oours' (did you mean ours?)"]),
         ("compare --methods lora,dora", ["--methods: 'dora' is not one of"]),
+        ('train -m tiny --output_dir ""', ["--output_dir: the value is empty; leave it out, or give text"]),
+        ('eval -m tiny --adapter ""', ["--adapter: the value is empty; leave it out"]),
+        ('train -m tiny --dataset_name ""', ["--dataset_name: the value is empty"]),
+        ('generate -m tiny --prompt " "', ["--prompt: the value is empty"]),
+        ("generate -m tiny", ["no prompt: standard input is empty. Give --prompt TEXT, or --chat"]),
         # Files, folders and splits
         (f"data {ROWS} --eval_split validation", ["--eval_split: 'validation' is no", "split:validation"]),
         ("data -m tiny --dataset_name row.jsonl", ["file not found: row.jsonl (did you mean rows.jsonl?)"]),
