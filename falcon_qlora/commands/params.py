@@ -56,7 +56,7 @@ def _table(counts: dict[str, int], totals: dict[str, str]) -> Table:
 
     table = Table(show_edge=False)
     table.add_column("parameters")
-    table.add_column("count", justify="right")
+    table.add_column("count", justify="right", no_wrap=True)
     for kind, count in counts.items():
         table.add_row(kind, f"{count:,}")
     table.add_section()
