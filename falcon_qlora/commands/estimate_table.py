@@ -25,8 +25,8 @@ _MODELS = (
 _LEGEND = (
     "Estimated tokens/s of one GPU with {}, cut as --batch_tokens says. –: does not fit. A letter says what "
     "some or all blocks recompute: s the largest activation, f all, o all, with their inputs in CPU memory. "
-    "Memory, and the speed of the H200, were fitted to an H200. Other speeds are published ceilings times the "
-    "share of them that the H200 reached."
+    "Memory, and the speed of the H200, were fitted to an H200. Other speeds are published ceilings times "
+    "the share of them that the H200 reached."
 )
 _LETTERS = {"offload": " o", "full": " f", "selective": " s"}
 
