@@ -316,7 +316,8 @@ def start_notes(
         notes.append(
             "the base model's weights are random: speed and memory are real, losses and answers mean nothing"
         )
-    if data.epochs is not None and data.total_steps < _FEW_STEPS and configuration.run.max_steps <= 0:
+    by_epochs = data.epochs is not None and configuration.run.max_steps <= 0
+    if by_epochs and data.total_steps < _FEW_STEPS and not configuration.run.dry_run:  # which has one
         notes.append(
             f"the rows make {counted(data.total_steps, 'step')} in all, too few to learn much: more with "
             "--num_train_epochs, or with a smaller -b or --max_length"
