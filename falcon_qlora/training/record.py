@@ -193,7 +193,8 @@ def evaluated_when(training: SFTConfig, steps: int) -> str:
     every = training.eval_steps or 1
     if every < 1:
         every = math.ceil(every * steps)
-    often = "after each epoch" if strategy == "epoch" else f"every {counted(int(every), 'step')}"
+    by_steps = "every step" if every == 1 else f"every {int(every):,} steps"
+    often = "after each epoch" if strategy == "epoch" else by_steps
     later = f", from {strategy.removesuffix('s')} {training.eval_delay:g} on" if training.eval_delay else ""
     return f"evaluated {'at the start and ' if training.eval_on_start else ''}{often}{later}"
 

@@ -50,6 +50,24 @@ def test_a_page_has_what_the_command_uses(capsys: pytest.CaptureFixture[str], ve
         assert f"\n  falcon-qlora {verb} {words}\n" in page
 
 
+@pytest.mark.parametrize(
+    ("verb", "told", "not_told"),
+    [
+        ("generate", "unset: the adapter's own", "(default: ybelkada"),
+        ("eval", "unset: those that the run held out", "(default: timdettmers"),
+        ("merge", "Replace what --out holds", "Replace the run"),
+        ("prepare", "Folder for the quantized base", "a fresh one under runs/"),
+    ],
+)
+def test_a_page_tells_no_default_or_meaning_of_train_that_is_another_here(
+    capsys: pytest.CaptureFixture[str], verb: str, told: str, not_told: str
+) -> None:
+    page = " ".join(shown(capsys, verb, "--help").split())
+    assert told in page
+    assert not_told not in page
+    assert VERBS[verb].means.keys() <= VERBS[verb].uses()
+
+
 def test_the_page_of_train_describes_every_recipe(capsys: pytest.CaptureFixture[str]) -> None:
     page = shown(capsys, "train", "--help")
     for name in recipe_names():

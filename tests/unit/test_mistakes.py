@@ -128,6 +128,7 @@ ROWS = "-m tiny --dataset_name rows.jsonl"
         ("data -m tiny --dataset_name bare.csv",
          ["It has 'It is.', 'What is it?'. ", "write a header above it, such as: instruction,output"]),
         ("generate --adapter whole/adapter --prompt x", ["It holds a model: give it as -m whole/adapter"]),
+        ("inspect .", ["no run, checkpoint, adapter, merge or model lies there. Runs in it: begun, run"]),
         ("generate --adapter begun --prompt x", ["give its checkpoint begun/checkpoints/step-2"]),
         (f"data {ROWS} --eval_split validation", ["--eval_split: 'validation' is no", "split:validation"]),
         ("data -m tiny --dataset_name row.jsonl", ["file not found: row.jsonl (did you mean rows.jsonl?)"]),
