@@ -6,13 +6,13 @@ Values are converted and checked in the same way from every source; the source i
 import difflib
 import json
 import re
-import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from falcon_qlora.common.errors import UserError, nearest
+from falcon_qlora.common.files import quoted
 from falcon_qlora.common.record_files import SETTINGS, is_record, settings_as_now
 from falcon_qlora.common.settings import Setting, settings_of
 from falcon_qlora.common.untrusted import YAML_LIMIT_BYTES, parse_yaml, read_text
@@ -300,7 +300,7 @@ def refuse(faults: Sequence[str], heading: str = "{} things to mend") -> None:
 def _replaced(setting: Setting, last: _Given, earlier: _Given) -> str:
     if setting.secret:
         return f"{last.flag} is given twice, and the last one counts"
-    counts, not_this = (shlex.join(each.words) or "true" for each in (last, earlier))
+    counts, not_this = (" ".join(map(quoted, each.words)) or "true" for each in (last, earlier))
     told = f"{last.flag} is given twice: {counts} counts, not {not_this}"
     is_both = setting.is_list and not {*last.words} & {*earlier.words}
     return f"{told}. For both: {last.flag} {not_this} {counts}" if is_both else told

@@ -180,7 +180,7 @@ class DryRun:
         if summary["predicted_peak_memory_gib"] is not None:
             peak += f", {summary['predicted_peak_memory_gib']:.2f} predicted"
         self._rows += [
-            ("step", f"longest micro-batch, {tokens:,} tokens: forward, backward and optimizer step; {peak}"),
+            ("step", f"{tokens:,} tokens, the most of these rows: forward, backward, optimizer; {peak}"),
             *([("cut", cut.told())] if self._configuration.data.packing else []),
             ("save", loaded),
         ]
