@@ -72,10 +72,12 @@ def _main(words: list[str], *, is_command: bool) -> int:
 
 
 def _run(words: list[str], *, is_command: bool) -> int:
+    if words[:1] == ["help"] and words[1:2] and words[1] in VERBS:
+        words = [words[1], "--help"]
     if not words or words[0] in ("-h", "--help", "help"):
         print(_help(VERBS))
         return 0 if words else EXIT_USER_ERROR
-    if words[0] in ("--version", "-V"):
+    if words[0] in ("--version", "-V", "version"):
         print(f"falcon-qlora {VERSION}")
         return 0
     verb, *rest = words
@@ -101,7 +103,7 @@ def _help(verbs: Mapping[str, Verb]) -> str:
     return (
         "falcon-qlora COMMAND [flags]\n\n"
         "Fine-tune quantized Falcon models with LoRA, one replica on every GPU.\n\n"
-        f"Commands (all take the flags of train; COMMAND --help shows those that it uses):\n{commands}\n\n"
+        f"Commands (they share the flags of train; COMMAND --help shows which each uses):\n{commands}\n\n"
         "  --version  print the version\n\n"
         f"Try: falcon-qlora train {verbs['train'].examples[0]}"
     )

@@ -308,6 +308,7 @@ def _told_length(epochs: float | None, length: Length) -> str:
 
 
 def _tell_card(estimator: Estimator, card: Card, found: Estimate) -> None:
+    from falcon_qlora.models.step_memory import USABLE_SHARE
     from falcon_qlora.terminal.console import console, print_plain
 
     has = f"{card.title} ({card.gib:g} GiB usable)"
@@ -319,7 +320,7 @@ def _tell_card(estimator: Estimator, card: Card, found: Estimate) -> None:
         print_plain(f"does not fit {has}: {found.card_gib:.1f} GiB, {short:.1f} GiB short")
         if (told := _told_offloaded(estimator, card)) is not None:
             print_plain(told)
-    table = _table("largest micro batch", "-b", "tokens", "GiB", "tokens/s")
+    table = _table("largest that fits", "-b", "tokens", "GiB", "tokens/s")
     for what, sequences in largest.items():
         if not sequences:
             table.add_row(f"--checkpointing {what}", "does not fit", "", "", "")
@@ -333,7 +334,12 @@ def _tell_card(estimator: Estimator, card: Card, found: Estimate) -> None:
             f"{there.card_gib:.1f}",
             "" if speed is None else f"{speed:,.0f}",
         )
+    print_plain("")
     console().print(table)
+    print_plain(
+        "These fill the card; --batch_tokens auto and --checkpointing auto leave "
+        f"{1 - USABLE_SHARE:.0%} of a step's memory free"
+    )
     if found.passes is not None:
         print_plain(_told_copies(found.passes))
 
@@ -391,7 +397,8 @@ def _table(first: str, *columns: str) -> Table:
     from rich.table import Table
 
     table = Table(show_edge=False)
-    table.add_column(first, no_wrap=True)
-    for name in columns:
-        table.add_column(name, justify="left" if name.startswith("--") else "right")
+    table.add_column(first, overflow="fold")
+    for name in columns:  # in a narrow terminal no figure is cut
+        is_figure = not name.startswith("--")
+        table.add_column(name, justify="right" if is_figure else "left", no_wrap=is_figure, overflow="fold")
     return table

@@ -23,10 +23,10 @@ _MODELS = (
     "falcon-h1-34b falcon-7b falcon-11b falcon-40b falcon-180b"
 ).split()
 _LEGEND = (
-    "Tokens/s of one GPU with {}, cut as --batch_tokens says, estimated; –: does not fit. Recomputed, in "
-    "some blocks or all: s the largest activation, f all, o all from inputs in CPU memory. Memory and the "
-    "H200's speed go by what was measured there, others' speed by published ceilings and the share of them "
-    "reached there."
+    "Estimated tokens/s of one GPU with {}, cut as --batch_tokens says. –: does not fit. A letter says what "
+    "some or all blocks recompute: s the largest activation, f all, o all, with their inputs in CPU memory. "
+    "Memory, and the speed of the H200, were fitted to an H200. Other speeds are published ceilings times "
+    "the share of them that the H200 reached."
 )
 _LETTERS = {"offload": " o", "full": " f", "selective": " s"}
 

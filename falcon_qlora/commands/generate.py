@@ -79,17 +79,19 @@ def main(argv: list[str]) -> int:
     _template(configuration, record, None)  # a missing one is reported before the model is loaded
     if configuration.model.compute_dtype == "fp8":
         note_aside("running in bfloat16: FP8 needs packed documents")
+    if prompts is None and not wanted.chat:
+        prompts = [_standard_input()]
     with less_memory(source, "a smaller --max_new_tokens"):
         model, tokenizer = load_adapted(source)
         template = _template(configuration, record, tokenizer)
         assert template is not None
         speaker = Speaker(model=model, tokenizer=tokenizer, template=template)
         printer = _Printer(speaker=speaker, wanted=wanted, seed=configuration.run.seed)
-        if wanted.chat:
+        if prompts is None:
             printer.chat()
             return 0
-        for prompt in [_standard_input()] if prompts is None else prompts:
-            if prompts is not None and (len(prompts) > 1 or wanted.compare):
+        for prompt in prompts:
+            if len(prompts) > 1 or wanted.compare:
                 print(f"> {prompt}")
             printer.answer(prompt)
     return 0
@@ -161,10 +163,15 @@ def _prompts(wanted: GenerateArguments) -> list[str] | None:
 
 
 def _standard_input() -> str:
+    if sys.stdin.isatty():
+        note_aside("type the prompt, then Ctrl-D on a line of its own (--chat talks in turns)")
     try:
-        return _as_text(sys.stdin.read().rstrip("\n"), "standard input")
+        prompt = _as_text(sys.stdin.read().rstrip("\n"), "standard input")
     except UnicodeDecodeError as error:
         raise UserError(f"standard input is not text in {error.encoding}: set PYTHONIOENCODING") from None
+    if not prompt.strip():
+        raise UserError("there is no prompt: standard input is empty. Give --prompt TEXT, or --chat")
+    return prompt
 
 
 def _as_text(given: str, where: str) -> str:

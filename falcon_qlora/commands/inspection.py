@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from falcon_qlora.checkpoint import manifest
 from falcon_qlora.common.errors import UserError, one_line, printable
 from falcon_qlora.common.files import sha256
+from falcon_qlora.common.quantities import counted
 from falcon_qlora.common.record_files import CERTIFICATE, without_format
 from falcon_qlora.common.stores import is_address
 from falcon_qlora.common.untrusted import file_beside, is_count, leads_out, read_json, refuse_links
@@ -30,6 +31,7 @@ from falcon_qlora.run_folder.directory import RunDirectory
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
+_NAMED = 8  # of runs in a folder
 _STATE = "trainer_state.json"
 _LARGEST_BESIDE_BYTES = 2**30  # of a file beside a merge's weights
 # What a checkpoint's torch files may hold besides tensors: NumPy's random states.
@@ -119,7 +121,11 @@ def inspect_folder(folder: Path) -> Inspection:
         return found
     if RunDirectory(folder).holds_run():
         return _run(RunDirectory(folder))
-    raise UserError(f"{folder}: no run, checkpoint, adapter, merge or model lies there")
+    runs = sorted(str(each) for each in folder.glob("*") if RunDirectory(each).holds_run())[:_NAMED]
+    raise UserError(
+        f"{folder}: no run, checkpoint, adapter, merge or model lies there"
+        + (f". Runs in it: {', '.join(runs)}" if runs else "")
+    )
 
 
 def _run(run: RunDirectory) -> Inspection:
@@ -147,7 +153,9 @@ def _run(run: RunDirectory) -> Inspection:
         if not run.adapter.is_dir():
             found.faults.append(f"{run.adapter} is missing, though the run was finished")
     else:
-        found.add("state", "not finished")
+        logged = found.attempt(run.read_metrics)
+        done = f", {counted(logged[-1]['step'], 'step')} logged" if logged else ""
+        found.add("state", f"not finished{done}")
     parts = [run.adapter] if run.adapter.is_dir() else []
     for part in [*parts, *(folder for _, folder in manifest.step_folders(run.checkpoints))]:
         if leads_out(part, part.parent):

@@ -34,6 +34,7 @@ def main(argv: list[str]) -> int:
     layout, groups = layout_of(config), method.parameter_groups(config)
     total = layout.parameter_count()
     trained = sum(group.count for group in groups)
+    whole = total + sum(group.count for group in groups if not group.of_base)  # as the start of a run says
     totals = {"together": f"{total:,}"}
     if config.tie_word_embeddings:
         head = config.vocab_size * config.hidden_size
@@ -43,7 +44,7 @@ def main(argv: list[str]) -> int:
     console().print(_table(layout.base_parameter_kinds(), totals))
     console().print(f"\nTrained: {method.describe()}")
     kinds = {group.kind + " (the base's own)" * group.of_base: group.count for group in groups}
-    share = {"trained": f"{trained:,}", "of the base's, %": f"{100 * trained / total:.4f}"}
+    share = {"trained": f"{trained:,}", "of all": f"{trained / whole:.2%}"}
     console().print(_table(kinds, share))
     console().print()
     # For scripts: outside the tables, and the same on every terminal.
@@ -56,7 +57,7 @@ def _table(counts: dict[str, int], totals: dict[str, str]) -> Table:
 
     table = Table(show_edge=False)
     table.add_column("parameters")
-    table.add_column("count", justify="right")
+    table.add_column("count", justify="right", no_wrap=True)
     for kind, count in counts.items():
         table.add_row(kind, f"{count:,}")
     table.add_section()

@@ -147,6 +147,8 @@ class Setting:
             # YAML reads a bare no as false.
             value = "no" if value is False and "no" in (self.choices or ()) else str(value).lower()
         text = str(value)
+        if self.kind is str and not text.strip() and self.default != "":  # a shell's variable that is not set
+            raise UserError(f"{where}: the value is empty; leave it out, or give {self.takes}")
         if self.optional and not self.is_list and self.kind is not str and text.lower() in ("none", "null"):
             return None
         try:

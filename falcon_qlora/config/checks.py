@@ -410,8 +410,12 @@ def _data_faults(values: Values, name: Any) -> Iterator[str]:
             f"split:{split}"
         )
     try:
-        fraction = float(split or "nan")
+        fraction = float(str(split or "nan").removesuffix("%"))
     except ValueError:
+        return
+    if str(split).endswith("%"):
+        if not Path(split).exists():
+            yield f"{name('eval_split')}: {split} is no file; as a fraction it is {fraction / 100:g}"
         return
     if values["eval_split"] and values["streaming"]:
         yield (

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from falcon_qlora.common import stores
 from falcon_qlora.common.by_url import bring_settings
-from falcon_qlora.common.errors import UserError, without_credentials
+from falcon_qlora.common.errors import UserError, printable, without_credentials
 from falcon_qlora.common.record_files import AUTO, LATEST, is_record
 from falcon_qlora.common.settings import settings_of
 from falcon_qlora.common.untrusted import refuse_links
@@ -156,7 +156,8 @@ def read_flags(
 ) -> dict[str, Any]:
     """The settings that a command line gives, by name.
 
-    Prints a line on standard error that names the settings of `train` that the command does not use.
+    Prints lines on standard error: a flag that is given twice, and the settings of `train` that the command
+    does not use.
 
     Args:
         argv: the words after the command.
@@ -175,7 +176,10 @@ def read_flags(
         raise SystemExit(0)
     if verb is None:
         return FalconParser(*own).read_flags(argv)
-    given = FalconParser(LaunchArguments, *own).read_flags(argv)
+    parser = FalconParser(LaunchArguments, *own)
+    given = parser.read_flags(argv)
+    for told in parser.replaced:
+        print(printable(f"note: {told}"), file=sys.stderr)
     refuse([f"--{name} is not taken: {why}" for name, why in VERBS[verb].refuses.items() if name in given])
     unused = VERBS[verb].unused(given, (each.name for arguments in own for each in settings_of(arguments)))
     if unused:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import textwrap
+from dataclasses import replace
 from typing import Any
 
 from falcon_qlora.common.settings import Setting, settings_of
@@ -36,12 +37,16 @@ def print_help(parser: FalconParser, defaults: dict[str, Any], verb: Verb, *, ev
         own = setting.name in parser.extra_names
         if not own and setting.name not in uses:
             continue
+        if setting.name in verb.means:
+            _, *choices = setting.help.split("\n")
+            setting = replace(setting, help="\n".join([verb.means[setting.name], *choices]))
         if everything or setting.name in COMMON or (own and setting.name not in _LAUNCH):
             groups.setdefault(setting.group, []).append(setting)
     for group, settings in groups.items():
         lines.append(f"{group}:")
         for setting in settings:
-            lines += _describe(setting, defaults.get(setting.name, setting.default), width, everything)
+            default = None if setting.name in verb.means else defaults.get(setting.name, setting.default)
+            lines += _describe(setting, default, width, everything)
         lines.append("")
     if verb.name == "train":
         lines.append("Recipes (--recipe), laid over the default one:")

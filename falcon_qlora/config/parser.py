@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from falcon_qlora.common.errors import UserError, nearest
+from falcon_qlora.common.files import quoted
 from falcon_qlora.common.record_files import SETTINGS, is_record, settings_as_now
 from falcon_qlora.common.settings import Setting, settings_of
 from falcon_qlora.common.untrusted import YAML_LIMIT_BYTES, parse_yaml, read_text
@@ -69,6 +70,7 @@ class FalconParser:
         extra = {each.name: each for arguments in more for each in settings_of(arguments)}
         shared = [*our_settings(), *settings_of(TrainerArguments)]
         self.extra_names = extra.keys()
+        self.replaced: list[str] = []  # by `read_flags`: a sentence for each flag that a later one replaced
         self._hidden = extra.keys() & {each.name for each in shared}
         self.settings = {each.name: each for each in shared} | extra
         self._of_flag = {
@@ -89,6 +91,7 @@ class FalconParser:
         """
         values: dict[str, Any] = {}
         given: dict[str, str] = {}
+        typed: dict[str, _Given] = {}
         faults: list[str] = []
         for each in self._split(argv):
             if not each.flag:
@@ -104,7 +107,11 @@ class FalconParser:
                     raise _same(earlier, each.flag)
                 if setting.name == "config" and "config" in values:
                     raise UserError("--config is given twice; give one file")
-                values[setting.name] = self._read(setting, self._value(setting, each), each.flag)
+                value = self._read(setting, self._value(setting, each), each.flag)
+                if values.setdefault(setting.name, value) != value:
+                    self.replaced.append(_replaced(setting, each, typed[setting.name]))
+                typed[setting.name] = each
+                values[setting.name] = value
             except UserError as error:
                 faults.append(str(error))
         refuse(faults)
@@ -288,6 +295,15 @@ def refuse(faults: Sequence[str], heading: str = "{} things to mend") -> None:
     if faults:
         lines = [heading.format(len(faults)), *(f"  {fault}" for fault in faults)]
         raise UserError(*(faults if len(faults) == 1 else lines))
+
+
+def _replaced(setting: Setting, last: _Given, earlier: _Given) -> str:
+    if setting.secret:
+        return f"{last.flag} is given twice, and the last one counts"
+    counts, not_this = (" ".join(map(quoted, each.words)) or "true" for each in (last, earlier))
+    told = f"{last.flag} is given twice: {counts} counts, not {not_this}"
+    is_both = setting.is_list and not {*last.words} & {*earlier.words}
+    return f"{told}. For both: {last.flag} {not_this} {counts}" if is_both else told
 
 
 def _same(earlier: str, flag: str) -> UserError:

@@ -117,7 +117,7 @@ SHARED = (
     "max_length packing train_sampling_strategy dataset_num_proc report_to seed"
 ).split()
 
-_REPLICA = "not supported: every device holds a whole quantized replica"
+_SHARED_OUT = "--sharding fsdp shares the frozen base out over the GPUs"
 _REENTRANT = "recomputation is always of the non-reentrant kind"
 _LOSS = "an evaluation keeps nothing but the loss"
 _NO_DDP = "gradients are summed without DistributedDataParallel"
@@ -148,7 +148,7 @@ INSTEAD = {
     "ddp_bucket_cap_mb": _NO_DDP,
     "ddp_find_unused_parameters": _NO_DDP,
     "ddp_static_graph": _NO_DDP,
-    "deepspeed": _REPLICA,
+    "deepspeed": f"{_SHARED_OUT}, and zero3 the whole model with --method full",
     "disable_tqdm": "what a run prints follows from the terminal; its log is metrics.jsonl",
     "do_eval": "use --eval_split",
     "do_predict": "use the generate command",
@@ -160,8 +160,8 @@ INSTEAD = {
     "eval_packing": "evaluation packs as --packing says",
     "eval_use_gather_object": _LOSS,
     "fp16_full_eval": "evaluation computes in --compute_dtype",
-    "fsdp": _REPLICA,
-    "fsdp_config": _REPLICA,
+    "fsdp": _SHARED_OUT,
+    "fsdp_config": _SHARED_OUT,
     "gradient_checkpointing_kwargs": _REENTRANT,
     "greater_is_better": "the best checkpoint is the one of the lowest held-out loss",
     "group_by_length": "use --train_sampling_strategy group_by_length",
@@ -187,7 +187,7 @@ INSTEAD = {
     "pad_to_multiple_of": "use --padding",
     "pad_token": "padding is masked by position and needs no token",
     "padding_free": "use --packing",
-    "parallelism_config": _REPLICA,
+    "parallelism_config": _SHARED_OUT,
     "prediction_loss_only": _LOSS,
     "restore_callback_states_from_checkpoint": "a resumed run always goes on where it stopped",
     "resume_from_checkpoint": "use --resume",

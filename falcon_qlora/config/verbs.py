@@ -49,6 +49,7 @@ class Verb:
         uses: returns the names of the shared settings that change what it does; methods add some of them.
         uses_with: a setting with which the command does something else, and what it uses then.
         only_with: a setting, and those of `uses` that do nothing without it.
+        means: shared settings that mean something else here, or have another default: their line of help.
         refuses: shared settings that contradict what it does, and what to give instead.
         more: further lines of its help page.
         examples: what follows the name; they use the small packaged model and rows.
@@ -59,6 +60,7 @@ class Verb:
     uses: Callable[[], frozenset[str]] = frozenset
     uses_with: tuple[str, Callable[[], frozenset[str]]] | None = None
     only_with: tuple[str, frozenset[str]] | None = None
+    means: Mapping[str, str] = field(default_factory=dict)
     refuses: Mapping[str, str] = field(default_factory=dict)
     more: str = ""
     examples: tuple[str, ...]
@@ -79,6 +81,18 @@ _NOT_COMPARED = {
     "adapter": "each method begins with a fresh one",
     "dry_run": "try one method at a time with train",
     "resume": "compare goes on by itself where it stopped: give the same --output_dir",
+}
+_ADAPTERS_OWN = {
+    "model_name_or_path": (
+        "Base model or a merge: a hub id, a folder (also at s3:// or gs://), or `tiny`; unset: the "
+        "adapter's own."
+    ),
+    "quantize_mode": "Storage of the base weights; unset: as the adapter was trained.",
+}
+_RUNS_OWN = "Settings that are not given are those of the adapter's run, if it is there."
+_MEASURED = _ADAPTERS_OWN | {
+    "dataset_name": "Rows to measure on, as in train; unset: those that the run held out.",
+    "per_device_train_batch_size": "Sequences of --max_length at a time.",
 }
 _SAMPLE = "-m tiny --dataset_name sample"
 
@@ -109,6 +123,7 @@ VERBS: Mapping[str, Verb] = {
             | {"seed", "streaming", "max_steps"} | _QUANTIZING,
             uses_with=("output_dir", lambda: _FILES | _TOKENIZER | _QUANTIZING | {"hang_minutes"}),
             only_with=("output_dir", _QUANTIZING),
+            means={"output_dir": "Folder for the quantized base.", "overwrite": "Replace that folder."},
             more="With --output_dir it reads no rows, but writes the base there, quantized, for -m DIR.",
             examples=(_SAMPLE, "-m tiny -q 4bit --output_dir tiny-4bit"),
         ),
@@ -130,6 +145,8 @@ VERBS: Mapping[str, Verb] = {
             name="generate",
             summary="answer a prompt with a base model and an adapter",
             uses=lambda: _FILES | _OPENED | {"template", "dataset_format", "seed", "hang_minutes"},
+            means=_ADAPTERS_OWN,
+            more="The prompt is written with the template of the training unless --template names another.",
             examples=('--adapter runs/first --prompt "What is a falcon?"', "-m tiny --prompt Once"),
         ),
         Verb(
@@ -155,6 +172,8 @@ VERBS: Mapping[str, Verb] = {
             uses=lambda: _FILES | _OPENED | _ROWS
             | {"seed", "per_device_train_batch_size", "overwrite", "push_to_hub"}
             | {"hub_model_id", "hub_private_repo", "hub_revision", "hub_token"},
+            means=_MEASURED | {"overwrite": "Replace what --out holds."},
+            more=_RUNS_OWN,
             examples=("--adapter runs/first --out merged",),
         ),
         Verb(
@@ -166,6 +185,8 @@ VERBS: Mapping[str, Verb] = {
             name="eval",
             summary="perplexity and answer loss of a base model, an adapter or a merge",
             uses=lambda: _FILES | _OPENED | _ROWS | {"seed", "per_device_train_batch_size"},
+            means=_MEASURED,
+            more=_RUNS_OWN,
             examples=("--adapter runs/first --dataset_name sample --most_tokens 4096",),
         ),
     )

@@ -23,7 +23,7 @@ from falcon_qlora.data import cache
 from falcon_qlora.data.account import Account
 from falcon_qlora.data.rendering import render
 from falcon_qlora.data.settings import RowSettings
-from falcon_qlora.data.sources import Source, quiet_datasets
+from falcon_qlora.data.sources import HubSource, Source, quiet_datasets
 from falcon_qlora.data.special_text import SpecialText
 from falcon_qlora.data.templates import Segment
 from falcon_qlora.data.tokens import Document, Encoder
@@ -89,6 +89,8 @@ class Tokenizing:
     def documents(self, source: Source, max_rows: int | None) -> Documents:
         """The documents of `source`, from the cache or tokenized now."""
         settings, encoder = self.settings, self.settings.encoder(self.tokenizer)
+        if isinstance(source, HubSource):
+            self.progress(f"asking the hub for {source.name}")
         row_format, columns = settings.recognise(source.columns(), source.name)
         template = settings.load_template(row_format, self.tokenizer)
         key = settings.cache_key(source, max_rows, row_format, columns, template, self.tokenizer_fingerprint)

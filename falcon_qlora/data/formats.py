@@ -147,7 +147,8 @@ def recognise(
                 f"{source}: the columns fit no format.",
                 f"It has {listed(found)}. The formats need",
                 *(f"  {name}: {each.description}" for name, each in FORMATS.items()),
-                "Name your columns with --text_column, --instruction_column, --output_column and so on"
+                _without_header(found, source)
+                or "Name your columns with --text_column, --instruction_column, --output_column and so on"
                 f"{_suggest(found) or _guess(found, arrays)}.",
             )
         dataset_format = fitting[0]
@@ -262,6 +263,13 @@ def _better_of_pairs(found: Collection[str]) -> str | None:
 
 def _missing(each: Format, found: Collection[str], columns: Mapping[str, str]) -> list[str]:
     return [name for name in each.required if columns.get(name, name) not in found]
+
+
+def _without_header(found: Collection[str], source: str) -> str | None:
+    """What to do about a table whose first line is a row; None if it may be a header."""
+    if not re.search(r"\.[ct]sv\b", source) or not any(re.search(r"[.?!]\s*$", name) for name in found):
+        return None
+    return "If its first line is a row, write a header above it, such as: instruction,output"
 
 
 def _suggest(found: Collection[str], *formats: str) -> str:

@@ -397,8 +397,9 @@ def kind(value: Any) -> str:
 
 
 def spelled(name: str) -> str:
-    """The name of a column or key, for a message; quoted as in code if it would not show as it is."""
-    return name if name.isprintable() and name.strip() == name != "" else repr(name)
+    """The name of a column or key, for a message; quoted as in code if it would not show as a name."""
+    is_plain = name.isprintable() and name.strip() == name != "" and name.rstrip(",;.?!") == name
+    return name if is_plain else repr(name)
 
 
 def listed(names: Collection[str]) -> str:

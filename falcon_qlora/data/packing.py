@@ -146,7 +146,7 @@ def fitting(lengths: np.ndarray, sequences: int, max_length: int) -> int:
 
 
 def fill(plan: Plan, *, micro_batch: int, padding: str | None) -> float:
-    """Real tokens over computed positions in the first epoch of a run on one device.
+    """Real tokens over the positions of its steps in the first epoch of a run on one device.
 
     Args:
         plan: of the run.

@@ -73,7 +73,7 @@ def summary(corpus: Corpus, *, title: str, efficiency: float | None = None) -> T
     Args:
         corpus: to summarize.
         title: of the table.
-        efficiency: real tokens over computed positions, if known.
+        efficiency: real tokens over the positions of a step, if known.
     """
     rows: list[tuple[str, str]] = []
     for use in corpus.sources:
@@ -83,7 +83,7 @@ def summary(corpus: Corpus, *, title: str, efficiency: float | None = None) -> T
     rows += _statistics_rows(corpus.statistics, corpus.dropped())
     rows.append(("tokens in a document", _quantiles(corpus.lengths)))
     if efficiency is not None:
-        rows.append(("packing efficiency", f"{efficiency:.1%} of the computed positions are real tokens"))
+        rows.append(("packing efficiency", f"{efficiency:.1%} of a step's positions are real tokens"))
     rows.append(("fingerprint", corpus.fingerprint[:16]))
     return labelled(title, rows)
 
@@ -192,7 +192,7 @@ def _shown(tokens: int) -> tuple[int, int]:
 
 
 def _quantiles(lengths: np.ndarray) -> str:
-    median, most = np.quantile(lengths, [0.5, 0.95])
+    median, most = np.median(lengths), np.quantile(lengths, 0.95, method="higher")
     return (
         f"mean {lengths.mean():,.0f}, median {median:,.0f}, 95% up to {most:,.0f}, longest {lengths.max():,}"
     )

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from falcon_qlora.common.errors import UserError, one_line, reason_of
+from falcon_qlora.common.files import quoted
 
 BYTE_ORDER_MARK = "\ufeff"
 LONGEST = 1 << 26
@@ -172,7 +173,7 @@ def _not_text(path: Path) -> UserError:
     """The error for a file that is not in its encoding: where it fails, and which encoding it may be in."""
     compression, opener = _opener_of(path)
     line, before = 1, ""
-    told, encoding = "with the encoding that it was saved in", "ENCODING"
+    told, encoding = "convert it from the encoding that it was saved in", "ENCODING"
     with opener(path) as handle:
         decoder = codecs.getincrementaldecoder(_encoding(handle))()
         try:
@@ -188,12 +189,14 @@ def _not_text(path: Path) -> UserError:
         # Text that is not UTF-8 is mostly in this encoding; the excerpt lets the user check.
         shown = before.rpartition("\n")[2][-_EXCERPT:] + after.decode("cp1252")
         if name == "UTF-8":
-            told, encoding = f"if it is {shown!r}", "WINDOWS-1252"
-    unpack = "unpack it and " if compression else ""
-    return UserError(
-        f"{path}:{line}: not text in {name}; {unpack}convert it {told}: "
-        f"iconv -f {encoding} -t UTF-8 FILE > NEW"
-    )
+            told, encoding = (
+                f"as Windows-1252 it reads {shown!r}. If that is right, convert it",
+                "WINDOWS-1252",
+            )
+    files = f"{quoted(str(path))} > {quoted(f'utf8-{path.name}')}"
+    if compression:
+        told, files = f"unpack it; {told}", "FILE > NEW"
+    return UserError(f"{path}:{line}: not text in {name}; {told}: iconv -f {encoding} -t UTF-8 {files}")
 
 
 def _opener_of(path: Path) -> tuple[str, _Opener]:

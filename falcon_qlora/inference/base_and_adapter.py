@@ -8,6 +8,7 @@ from typing import Any
 
 from falcon_qlora.common import by_url
 from falcon_qlora.common.errors import UserError
+from falcon_qlora.common.files import quoted
 from falcon_qlora.common.stores import is_address
 from falcon_qlora.run_folder.directory import RunDirectory
 
@@ -65,7 +66,12 @@ def adapter_folder(name: str) -> Path:
             f"--adapter {name}: there is no such folder. One on the hub is downloaded first: hf download "
             "REPOSITORY --local-dir FOLDER"
         )
-    raise UserError(f"--adapter {name}: holds no adapter (no adapter_config.json there or in adapter/)")
+    told = f"--adapter {name}: holds no adapter (no adapter_config.json there or in adapter/)"
+    if (Path(name) / "config.json").is_file():
+        told += f". It holds a model: give it as -m {quoted(name)}"
+    elif saved := sorted(Path(name).glob("checkpoints/step-*"), key=lambda each: each.stat().st_mtime):
+        told += f". Its run has not ended: --resume it, or give its checkpoint {quoted(str(saved[-1]))}"
+    raise UserError(told)
 
 
 def load_adapted(source: Source) -> tuple[Any, Any]:

@@ -214,7 +214,7 @@ class Lora(Method):
         for name in self.target_modules or ():
             if name not in linears:
                 raise UserError(
-                    f"lora_target_modules: the blocks have no linear {name!r}{nearest(name, linears)}. "
+                    f"--lora_target_modules: the blocks have no linear {name!r}{nearest(name, linears)}. "
                     f"{layout.family}'s: {', '.join(linears)}"
                 )
         return list(self.target_modules or ())

@@ -59,7 +59,22 @@ def console() -> Console:
 
 def note(message: str) -> None:
     """Print one line that a user should see, above the progress bar."""
-    console().print(Text(printable(f"note: {message}"), style="yellow"), soft_wrap=True)
+    _say(f"note: {message}", style="yellow")
+
+
+def say_doing(message: str) -> None:
+    """Print what begins now."""
+    _say(f"{message} …", style="dim")
+
+
+def _say(line: str, *, style: str) -> None:
+    """Print a line on the main process, also where a dry run keeps back what a run prints."""
+    out = console()
+    kept_back, out.quiet = out.quiet, not ranks.is_main_process()
+    try:
+        out.print(Text(printable(line), style=style), soft_wrap=True)
+    finally:
+        out.quiet = kept_back
 
 
 @contextmanager
@@ -73,8 +88,7 @@ def patience(seconds: float = _PATIENCE_SECONDS) -> Iterator[Callable[[str], Non
 
         def doing(message: str) -> None:
             running.close()
-            line = Text(printable(f"{message} …"), style="dim")
-            timer = Timer(seconds, lambda: console().print(line, soft_wrap=True))
+            timer = Timer(seconds, say_doing, (message,))
             timer.daemon = True
             timer.start()
             running.callback(timer.cancel)

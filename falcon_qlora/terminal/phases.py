@@ -6,9 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from rich.text import Text
-
-from falcon_qlora.terminal.console import console
+from falcon_qlora.terminal.console import say_doing
 
 seconds: dict[str, float] = {}
 """Phase → its seconds, of the last run that began in this process."""
@@ -26,7 +24,7 @@ def phase(name: str, doing: str | None = None) -> Iterator[None]:
         doing: what is printed as it begins; None if that was printed already.
     """
     if doing is not None:
-        console().print(Text(f"{doing} …", style="dim"))
+        say_doing(doing)
     global now
     now = name.replace("_", " ")
     begun = time.perf_counter()

@@ -135,12 +135,15 @@ def collect(
 
 
 def told_in_lines(checks: Mapping[str, Check]) -> list[str]:
-    """The checks in about five lines for the terminal; what has failed says so."""
-    pairs = (
-        *(("quantized", "adapter_coverage"), ("end_token", "packing"), ("ranks", "reopened")),
-        *(("memory", "clock"), ("data",)),
-    )
-    return [" · ".join(line(checks[name]) for name in names) for names in pairs]
+    """The checks in a few lines for the terminal: what failed, what passed in pairs, what was not checked."""
+    lines = ("quantized adapter_coverage", "end_token packing", "ranks reopened", "memory clock", "data")
+    told = [line(each) for each in checks.values() if each["state"] == "failed"]
+    for names in lines:
+        of_line = [checks[name] for name in names.split()]
+        passed = [each["told"] for each in of_line if each["state"] in ("passed", "recorded")]
+        told += [" · ".join(passed)] if passed else []
+    missing = [each["told"] for each in checks.values() if each["state"] == "not checked"]
+    return told + ([f"not checked: {'; '.join(missing)}"] if missing else [])
 
 
 def line(check: Mapping[str, Any]) -> str:
@@ -204,7 +207,7 @@ def _end_token(everyone: list[Answers], *, appended: bool) -> Check:
         return _not_checked("no answer was trained since the last start")
     told = f"the end token trained in {ended / answers:.1%} of {counted(answers, 'answer')}"
     if cut:
-        told += f"; {cut:,} others are cut at --max_length"
+        told += f"; {cut:,} more cut at --max_length"
     figures = {"answers": answers, "ended": ended, "cut": cut, "share": ended / answers}
     if not appended:
         return {"state": "recorded", "told": f"{told} (--append_end_token false)", **figures}
@@ -226,7 +229,7 @@ def _packing(everyone: list[LeakProbe | str]) -> Check:
 
 def _ranks(everyone: list[Facts], replicas: str | None) -> Check:
     if len(everyone) == 1:
-        return _not_checked("ranks alike (there is one)", ranks=1)
+        return _not_checked("whether ranks are alike (there is one)", ranks=1)
     if replicas is None:
         return _not_checked("each rank holds its own part of the weights", ranks=len(everyone))
     return _check(
@@ -249,7 +252,7 @@ def _reopened(reopened: Reopened | None) -> Check:
 
 def _memory(predicted: float | None, measured: float) -> Check:
     if predicted is None:
-        return _not_checked(f"{measured:.2f} GiB used, of which nothing was predicted", measured_gib=measured)
+        return _not_checked(f"{measured:.2f} GiB used (nothing was predicted)", measured_gib=measured)
     ratio = measured / predicted
     told = f"{measured:.2f} GiB used of {predicted:.2f} predicted ({ratio - 1:+.1%})"
     return _check(ratio <= 1 + _MEMORY_ABOVE, told, measured_gib=measured, predicted_gib=predicted)

@@ -31,6 +31,7 @@ from falcon_qlora.run_folder import tracking
 from falcon_qlora.run_folder.directory import RunDirectory
 from falcon_qlora.run_folder.environment import versions
 from falcon_qlora.terminal import console, phases
+from falcon_qlora.terminal.console import joined
 from falcon_qlora.terminal.phases import phase
 from falcon_qlora.training import checks
 from falcon_qlora.training.activations import largest_micro_batch, largest_step
@@ -135,7 +136,7 @@ class DryRun:
         """The data of a run of one step: that with the longest batch; a stream's first."""
         free = free_bytes(self.directory.path)
         self._rows += [
-            ("data", f"{counted(data.total_steps, 'step')} in all"),
+            ("data", _told_data(data)),
             ("disk", f"the run needs {needed}; {gib(free)} are free"),
         ]
         phases.now = "first step"
@@ -153,7 +154,7 @@ class DryRun:
         """
         trainer.step.reduction.can_retry = False
         device = trainer.args.device
-        with phase("all-reduce"):
+        with phase("all-reduce", "trying an all-reduce and the kernels"):
             self._rows.append(("all-reduce", _try_all_reduce(device)))
         with phase("kernels"):
             batch = largest_micro_batch(trainer)
@@ -169,7 +170,7 @@ class DryRun:
         Raises:
             UserError: if it is not whole, or a check of the run's end has failed.
         """
-        with phase("reading back"):
+        with phase("reading back", "reading back what was saved"):
             loaded = self._read_back(trainer, directory)
         if not ranks.is_main_process():
             return
@@ -179,7 +180,7 @@ class DryRun:
         if summary["predicted_peak_memory_gib"] is not None:
             peak += f", {summary['predicted_peak_memory_gib']:.2f} predicted"
         self._rows += [
-            ("step", f"longest micro-batch, {tokens:,} tokens: forward, backward and optimizer step; {peak}"),
+            ("step", f"{tokens:,} tokens, the most of these rows: forward, backward, optimizer; {peak}"),
             *([("cut", cut.told())] if self._configuration.data.packing else []),
             ("save", loaded),
         ]
@@ -229,6 +230,16 @@ class _Longest(TrainingSteps):
         if step != 0:
             raise IndexError(step)
         return self.share
+
+
+def _told_data(data: TrainingData) -> str:
+    """What became of the rows, as the start of a run tells it, and the steps of the run."""
+    steps = f"{counted(data.total_steps, 'step')} in all"
+    if isinstance(data.steps, StreamingSteps):
+        return steps
+    documents, tokens = data.record["documents"], data.record["tokens"]
+    held_out = "" if data.held_out is None else f"{len(data.held_out.lengths):,} held out"
+    return joined(f"{counted(documents, 'document')}, {tokens:,} tokens", held_out, *data.notes, steps)
 
 
 def _try_all_reduce(device: torch.device) -> str:

@@ -193,7 +193,8 @@ def evaluated_when(training: SFTConfig, steps: int) -> str:
     every = training.eval_steps or 1
     if every < 1:
         every = math.ceil(every * steps)
-    often = "after each epoch" if strategy == "epoch" else f"every {counted(int(every), 'step')}"
+    by_steps = "every step" if every == 1 else f"every {int(every):,} steps"
+    often = "after each epoch" if strategy == "epoch" else by_steps
     later = f", from {strategy.removesuffix('s')} {training.eval_delay:g} on" if training.eval_delay else ""
     return f"evaluated {'at the start and ' if training.eval_on_start else ''}{often}{later}"
 
@@ -316,7 +317,8 @@ def start_notes(
         notes.append(
             "the base model's weights are random: speed and memory are real, losses and answers mean nothing"
         )
-    if data.epochs is not None and data.total_steps < _FEW_STEPS and configuration.run.max_steps <= 0:
+    by_epochs = data.epochs is not None and configuration.run.max_steps <= 0
+    if by_epochs and data.total_steps < _FEW_STEPS and not configuration.run.dry_run:  # which has one
         notes.append(
             f"the rows make {counted(data.total_steps, 'step')} in all, too few to learn much: more with "
             "--num_train_epochs, or with a smaller -b or --max_length"

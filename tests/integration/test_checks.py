@@ -13,6 +13,7 @@ import pytest
 
 from falcon_qlora import __main__ as cli
 from falcon_qlora.models.tiny import tiny_path
+from falcon_qlora.training.checks import told_in_lines
 from tests.integration import interrupted
 from tests.integration.processes import Processes
 from tests.integration.runs import summary
@@ -105,6 +106,22 @@ def test_each_check_fails_where_its_fault_is_put_in(work: Processes, capsys: Any
     assert "packed documents reach each other" in told
     assert "FAILED: 19 of 20 linears" in told
     assert "FAILED: the base's files changed" in inspect(work.folder / "bad", capsys)
+
+
+def test_what_was_not_checked_or_failed_stands_apart_from_what_passed() -> None:
+    found = {name: {"state": "passed", "told": name} for name in KEYS}
+    found["ranks"] = found["memory"] = {"state": "not checked", "told": "why not"}
+    found["end_token"]["state"] = found["versions"]["state"] = "failed"
+    assert told_in_lines(found) == [
+        "FAILED: end_token",
+        "FAILED: versions",
+        "quantized · adapter_coverage",
+        "packing",
+        "reopened",
+        "clock",
+        "data",
+        "not checked: why not; why not",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,8 @@ def test_two_ranks_pass_and_leave_nothing(work: Processes) -> None:
     assert re.search(r"kernels +loss within \S+ and gradients within \S+ of the model's own", table)
     assert "read back and loaded, the optimizer too" in table
     assert "step 1/" not in told
+    begun = ("reading rows …", "loading the base model …", "trying an all-reduce", "passed on")
+    assert sorted(begun, key=told.index) == list(begun)
 
 
 @pytest.mark.slow
@@ -106,7 +108,11 @@ def test_one_rank_in_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
         "cache_dir": os.environ.get("XDG_CACHE_HOME", str(tmp_path.parent / "cache")),
     }
     falcon_qlora.train(**settings)
-    assert "dry run: passed on 1 rank" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "dry run: passed on 1 rank" in told
+    assert "data       21 documents, 977 tokens · 9 split · 8 pieces of split rows dropped" in told
+    assert "20 steps in all" in told
+    assert "note: the rows make" not in told
     with pytest.raises(UserError, match="leave out --resume"):
         falcon_qlora.train(**settings, output_dir="run", resume="latest")
     assert not list(tmp_path.iterdir())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 import re
@@ -51,6 +52,26 @@ def test_what_pages_say_of_cards_is_what_the_command_says(page: Path) -> None:
     assert page.read_text(encoding="utf-8") == estimates_page.text(page), (
         "python -m tests.estimates_page writes it"
     )
+
+
+@pytest.mark.parametrize("name", ["README", "families", "choosing"])
+def test_speeds_and_memory_of_tables_are_those_of_the_records(name: str) -> None:
+    with (REPOSITORY / "tests/benchmarks/records.csv").open(newline="") as file:
+        measured = [(row["tokens_per_second"], row["peak_reserved_gb"]) for row in csv.DictReader(file)]
+    known = {
+        (f"{float(speed):,.0f}", f"{float(peak) * 10**9 / 2**30:.1f}")
+        for speed, peak in measured
+        if speed and peak
+    }
+    (page,) = (each for each in PAGES if each.stem == name)
+    shown = set()
+    for table in re.findall(r"^(\|.*\n)\|[-|]+\n((?:\|.*\n)+)", page.read_text(encoding="utf-8"), re.M):
+        head, *rows = ([cell.strip() for cell in line.split("|")] for line in "".join(table).splitlines())
+        for at, cell in enumerate(head):
+            if re.search(r"\bGi?B$", cell) and "tokens/s" in head[at - 1]:
+                shown |= {(row[at - 1], row[at]) for row in rows}
+    assert len(shown) > 6
+    assert shown <= known
 
 
 def test_links_between_pages_lead_somewhere() -> None:

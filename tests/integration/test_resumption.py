@@ -73,7 +73,7 @@ def refusal(folder: Path, **settings: Any) -> str:
     ],
 )
 def test_a_setting_that_changes_the_losses_is_refused(stopped, setting, value, was):
-    assert refusal(stopped, **{setting: value}).startswith(f"--resume: {setting} was {was} in the run")
+    assert refusal(stopped, **{setting: value}).startswith(f"--resume: --{setting} was {was} in the run")
 
 
 def test_an_edited_record_of_the_settings_is_refused_as_a_flag_is(stopped: Path) -> None:
@@ -83,7 +83,7 @@ def test_an_edited_record_of_the_settings_is_refused_as_a_flag_is(stopped: Path)
     file.write_text(before.replace("quantize_mode: 4bit", "quantize_mode: 8bit"))
     try:
         assert refusal(stopped).startswith(
-            "--resume: quantize_mode was 4bit in the run to resume and is 8bit"
+            "--resume: --quantize_mode was 4bit in the run to resume and is 8bit"
         )
     finally:
         file.write_text(before)

@@ -100,7 +100,8 @@ ADVICE: list[tuple[str, list[Step]]] = [
      [("give (--load_best_model_at_end false)", "", "")]),
     (f"{TRAIN} --eval_split 0.1 --eval_strategy epoch --save_strategy steps",
      [("give (--load_best_model_at_end false)", "", "")]),
-    (f"{TRAIN} --report_to none wandb", [("drop (none) or", "none wandb", "")]),
+    ("train -m tiny --dataset_name rows.jsonl --report_to none wandb",
+     [("drop (none) or", "none wandb", "")]),
     (f"{TRAIN} --node_rank 1", [(DROP, "--node_rank 1", "")]),
     (f"{TRAIN} --nnodes 2", [("with (--rdzv_backend c10d --rdzv_endpoint HOST:PORT)", "", "")]),
     (f"{TRAIN} --adapter_sha256 0", [("give (--adapter) too", "", " runs/old")]),
@@ -175,7 +176,7 @@ WITH_MODELS: list[tuple[str, list[Step]]] = [
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Rows of several kinds, a run, and the same with a base that is gone."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    monkeypatch.setattr("sys.stdin", io.StringIO("Say 1."))
     rows = [{"instruction": f"Say {number}.", "output": str(number)} for number in range(8)]
     write_jsonl(tmp_path / "rows.jsonl", rows)
     write_jsonl(tmp_path / "odd.jsonl", [{"words": "Some text.", "number": 1}] * 2)

@@ -156,7 +156,7 @@ def test_a_picture_has_a_point_for_each_row_with_figures(tmp_path: Path) -> None
     ("flags", "told"),
     [
         (["--variants", "ours,ours-fp9"], "did you mean ours-fp8?"),
-        (["--variants", ""], "--variants: nothing is named"),
+        (["--variants", ""], "--variants: the value is empty"),
         (["--tokens", "²"], "'²' is not a whole number"),
         (["--variants", "packed"], "give --dataset_name"),
         (["--tokens", "8192,many"], "'many' is not a whole number"),

@@ -288,7 +288,7 @@ def test_a_whole_run_counts_the_steps_left_out(tmp_path: Path) -> None:
     [
         (("--gpus", "1,x"), "--gpus: 'x' is not a whole number above 0"),
         (("--gpus", "1", "--variants", "our"), "with --gpus there is no 'our' (did you mean ours?)"),
-        (("--gpus", "1", "--variants", ""), "--variants: nothing is named"),
+        (("--gpus", "1", "--variants", ""), "--variants: the value is empty"),
         (("--gpus", "1", "--quantize_modes", ","), "--quantize_modes: nothing is named"),
         (("--gpus", "1", "--quantize_modes", "2bit"), "--quantize_modes: '2bit' is not one of 4bit, 8bit"),
         (("--gpus", "1", "--tokens", "1000"), "--tokens 1000: must be a multiple of 512"),

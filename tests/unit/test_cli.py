@@ -544,6 +544,12 @@ class TestCommandLine:
         output = capsys.readouterr().out
         assert all(verb in output for verb in VERBS)
 
+    def test_help_with_a_verb_is_the_verbs(self, capsys: pytest.CaptureFixture[str]) -> None:
+        with pytest.raises(SystemExit) as ended:
+            cli.main(["help", "merge"])
+        assert ended.value.code == 0
+        assert capsys.readouterr().out.startswith("falcon-qlora merge [flags]")
+
     def test_a_command_is_no_rank_of_another_job(
         self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -515,14 +515,21 @@ def test_rows_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         "test": datasets.Dataset.from_dict({"messages": chats[:2]}),
     }
     asked: list[Any] = []
+    told: list[str] = []
 
     def load_dataset(name: str, config: str | None, *, split: str, streaming: bool) -> Any:
+        assert told[-1] == "asking the hub for hub/chats"  # before the first wait for it
         asked.append((name, config, split, streaming))
         return of_split[split]
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     corpus, held_out = prepare(
-        tmp_path, "hub/chats", dataset_config="small", eval_split="split:test", max_rows=5
+        tmp_path,
+        "hub/chats",
+        dataset_config="small",
+        eval_split="split:test",
+        max_rows=5,
+        progress=told.append,
     )
     assert texts(corpus)[1] == f"\n\nUser: say 1\n\nAssistant: 1{END}"
     assert len(corpus.lengths) == 5

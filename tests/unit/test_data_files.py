@@ -6,6 +6,7 @@ import bz2
 import gzip
 import json
 import lzma
+import subprocess
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -398,6 +399,18 @@ def test_text_in_two_bytes_a_character(tmp_path: Path) -> None:
     path.write_bytes(b"text\n\x81\xff\n".replace(b"text", b'{"text": 1}'))  # not of Windows either
     with pytest.raises(UserError, match=r"a.jsonl:2: not text in UTF-8.*iconv -f ENCODING"):
         rows_of(path)
+
+
+def test_text_of_windows_is_told_with_the_command_that_converts_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = Path("of windows.csv")
+    path.write_bytes("text\nWürde\n".encode("cp1252"))
+    with pytest.raises(UserError, match="as Windows-1252 it reads 'Würde'") as told:
+        rows_of(path)
+    subprocess.run(str(told.value).rpartition(": ")[2], shell=True, check=True)
+    assert rows_of(Path("utf8-of windows.csv")) == [{"text": "Würde"}]
 
 
 def test_missing_file_names_its_neighbour(tmp_path: Path) -> None:

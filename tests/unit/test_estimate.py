@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +25,7 @@ from falcon_qlora.models.forward import enable_packing
 from falcon_qlora.models.layouts import LAYOUTS, PRESETS, layout_of, preset_config
 from falcon_qlora.models.load import load_model
 from falcon_qlora.models.locate import find_config, find_outline_here
+from falcon_qlora.terminal.console import console
 from falcon_qlora.training.cards import CARDS, card_named, card_of
 from falcon_qlora.training.estimate import Estimator, why_reference
 from tests.layouts import FALCON_H1, FAMILIES
@@ -275,6 +277,19 @@ def test_full_fine_tuning_is_sharded_where_a_replica_does_not_fit(
     for refused in ("--sharding fsdp", "--gpus 4 --sharding zero3"):
         assert main(["estimate", *words.split(), *refused.split()]) == 2
     assert "zero3" in capsys.readouterr().err
+
+
+def test_a_narrow_terminal_cuts_no_figure(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    console.cache_clear()
+    for more in ("--gpu 4090", ""):
+        assert main(["estimate", *f"-m random:falcon-7b --max_steps 3 {more}".split()]) == 0
+        told = capsys.readouterr().out
+        assert "…" not in told
+        assert re.search(r"\b3,\d\d\d\b", told)
+    console.cache_clear()
 
 
 def test_parts_add_up_to_the_card(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 
 import pytest
 
@@ -49,6 +50,24 @@ def test_a_page_has_what_the_command_uses(capsys: pytest.CaptureFixture[str], ve
         assert f"\n  falcon-qlora {verb} {words}\n" in page
 
 
+@pytest.mark.parametrize(
+    ("verb", "told", "not_told"),
+    [
+        ("generate", "unset: the adapter's own", "(default: ybelkada"),
+        ("eval", "unset: those that the run held out", "(default: timdettmers"),
+        ("merge", "Replace what --out holds", "Replace the run"),
+        ("prepare", "Folder for the quantized base", "a fresh one under runs/"),
+    ],
+)
+def test_a_page_tells_no_default_or_meaning_of_train_that_is_another_here(
+    capsys: pytest.CaptureFixture[str], verb: str, told: str, not_told: str
+) -> None:
+    page = " ".join(shown(capsys, verb, "--help").split())
+    assert told in page
+    assert not_told not in page
+    assert VERBS[verb].means.keys() <= VERBS[verb].uses()
+
+
 def test_the_page_of_train_describes_every_recipe(capsys: pytest.CaptureFixture[str]) -> None:
     page = shown(capsys, "train", "--help")
     for name in recipe_names():
@@ -73,10 +92,21 @@ def test_the_page_of_train_describes_every_recipe(capsys: pytest.CaptureFixture[
             "bench --list_variants -b 4 --kernels off --lora_r 2",
             "note: falcon-qlora bench does not use --kernels, --per_device_train_batch_size\n",
         ),
+        (
+            "params -m tiny --lora_r 4 --lora_r 4 --lora_alpha 1 --lora_alpha 2",
+            "note: --lora_alpha is given twice: 2 counts, not 1\n",
+        ),
+        (
+            "bench --list_variants --dataset_name a.jsonl b --dataset_name 'c d'",
+            (
+                "note: --dataset_name is given twice: 'c d' counts, not a.jsonl b. For both: "
+                "--dataset_name a.jsonl b 'c d'\n"
+            ),
+        ),
     ],
 )
 def test_a_flag_that_changes_nothing_is_told_in_a_line(
     capsys: pytest.CaptureFixture[str], words: str, told: str
 ) -> None:
-    assert cli.main(words.split()) == 0
+    assert cli.main(shlex.split(words)) == 0
     assert capsys.readouterr().err == told

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shlex
@@ -38,6 +39,7 @@ def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
 
     monkeypatch.setattr(launcher, "_run_one", run_one)
     monkeypatch.setattr(launcher, "_launch", lambda argv, folder, **_: run_one(argv, folder))
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n"))
     monkeypatch.chdir(tmp_path)
     write_jsonl(tmp_path / "rows.jsonl", [{"instruction": "Say 1.", "output": "1"}] * 8)
     for folder in ("empty", "run/adapter", "run/checkpoints", "whole/adapter"):
@@ -46,6 +48,8 @@ def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
         (tmp_path / folder / "config.yaml").write_text("model_name_or_path: tiny\n")
     (tmp_path / "run/adapter/adapter_config.json").write_text("{}")
     (tmp_path / "whole/adapter/config.json").write_text("{}")
+    (tmp_path / "begun/checkpoints/step-2").mkdir(parents=True)
+    (tmp_path / "bare.csv").write_text("What is it?,It is.\nWho?,Me.\n")
     (tmp_path / "broken.yaml").write_text("seed: 1\nlora_r: 4: 5\n")
     return Refused(capsys, tmp_path)
 
@@ -89,8 +93,9 @@ ROWS = "-m tiny --dataset_name rows.jsonl"
         ("train --devices 2", ["unknown flag --devices: give --gpus 2"]),
         ("train --maxLength 512", ["unknown flag --maxLength", "did you mean --max_length?"]),
         ("train -model tiny", ["unknown flag -model: give --model_name_or_path tiny"]),
-        ("train --fsdp full_shard", ["--fsdp is not taken", "whole quantized replica"]),
-        ("train --deepspeed ds.json", ["--deepspeed is not taken", "whole quantized replica"]),
+        ("train --fsdp full_shard", ["--fsdp is not taken: --sharding fsdp shares"]),
+        ("train --deepspeed ds.json", ["--deepspeed is not taken: --sharding fsdp", "zero3"]),
+        ("train --batch 3", ["unknown flag --batch: give --per_device_train_batch_size 3"]),
         ("train --use_peft", ["--use_peft is not taken: an adapter is always trained"]),
         ("train --zzz 1", ["unknown flag --zzz; --help-all lists every flag"]),
         ("data --temperature 1", ["unknown flag --temperature"]),
@@ -113,7 +118,18 @@ ROWS = "-m tiny --dataset_name rows.jsonl"
          ["random:falcon-7b has 6.9 billion parameters, and no GPU is visible", "--device cpu"]),
         ("bench --variants oours", ["--variants: there is no 'oours' (did you mean ours?)"]),
         ("compare --methods lora,dora", ["--methods: 'dora' is not one of"]),
+        ('train -m tiny --output_dir ""', ["--output_dir: the value is empty; leave it out, or give text"]),
+        ('eval -m tiny --adapter ""', ["--adapter: the value is empty; leave it out"]),
+        ('train -m tiny --dataset_name ""', ["--dataset_name: the value is empty"]),
+        ('generate -m tiny --prompt " "', ["--prompt: the value is empty"]),
+        ("generate -m tiny", ["no prompt: standard input is empty. Give --prompt TEXT, or --chat"]),
         # Files, folders and splits
+        (f"train {ROWS} --eval_split 5%", ["--eval_split: 5% is no file; as a fraction it is 0.05"]),
+        ("data -m tiny --dataset_name bare.csv",
+         ["It has 'It is.', 'What is it?'. ", "write a header above it, such as: instruction,output"]),
+        ("generate --adapter whole/adapter --prompt x", ["It holds a model: give it as -m whole/adapter"]),
+        ("inspect .", ["no run, checkpoint, adapter, merge or model lies there. Runs in it: begun, run"]),
+        ("generate --adapter begun --prompt x", ["give its checkpoint begun/checkpoints/step-2"]),
         (f"data {ROWS} --eval_split validation", ["--eval_split: 'validation' is no", "split:validation"]),
         ("data -m tiny --dataset_name row.jsonl", ["file not found: row.jsonl (did you mean rows.jsonl?)"]),
         ("data -m tiny --dataset_name empty", ["empty: the folder holds no .jsonl"]),
