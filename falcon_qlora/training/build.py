@@ -12,8 +12,9 @@ from falcon_qlora.data.batches import DocumentReader
 from falcon_qlora.processes import agreement, ranks, stop_signals
 from falcon_qlora.run_folder.directory import RunDirectory
 from falcon_qlora.terminal.console import note, patience
-from falcon_qlora.training.resume import DRAWING, how_to_go_on
+from falcon_qlora.training.resume import how_to_go_on
 from falcon_qlora.training.rows import TrainingData, global_batch
+from falcon_qlora.training.same_run import DRAWING
 
 if TYPE_CHECKING:
     from trl import SFTConfig
@@ -159,7 +160,7 @@ def build_trainer(
         training: the settings of TRL's trainer.
         max_length: tokens of a sequence.
         describe_adapter: completes an adapter's folder after it is written.
-        settings: `resume.compared_settings`.
+        settings: `same_run.compared_settings`.
         began: seconds since the epoch at which the command began.
         cutter: how a step is cut into micro-batches.
     """
