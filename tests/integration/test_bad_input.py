@@ -138,16 +138,7 @@ class TestData:
         unanswered = {"instruction": "Who?", "output": ""}
         masked = {"instruction": "Who? " * 90, "output": "Me."}
         write_jsonl(folder / "some.jsonl", [*ROWS, unanswered, unanswered, masked])
-        words = [
-            "--dataset_name",
-            "some.jsonl",
-            "--overlong",
-            "truncate",
-            "--steps",
-            "1",
-            "--output_dir",
-            "out",
-        ]
+        words = "--dataset_name some.jsonl --overlong truncate --steps 1 --output_dir out".split()
         assert cli.main(["train", *PLAIN, *words]) == 0
         record = json.loads((folder / "out/data.json").read_text())
         assert record["rows_read"] == len(ROWS) + 3
