@@ -64,10 +64,7 @@ def model_with_adapter(
             offload=offload,
         )
     check_vocabulary(
-        tokenizer,
-        model.config.vocab_size,
-        name=settings.model_name_or_path,
-        added=method.new_token_count,
+        tokenizer, model.config.vocab_size, name=settings.model_name_or_path, added=method.new_token_count
     )
     method = method.for_tokenizer(tokenizer)
     if adapter is None:
@@ -180,10 +177,7 @@ def build_trainer(
     if data.held_out is not None:
         evaluation = Evaluation(
             reader=DocumentReader(
-                data.held_out.dataset,
-                padding=None,
-                max_length=max_length,
-                padding_id=tokenizer.eos_token_id,
+                data.held_out.dataset, padding=None, max_length=max_length, padding_id=tokenizer.eos_token_id
             ),
             lengths=data.held_out.lengths,
             target_tokens=int(data.held_out.target_counts.sum()),

@@ -134,9 +134,7 @@ def test_fp8_trains_what_bfloat16_trains(folder: Path) -> None:
     assert in_fp8 == pytest.approx(in_bfloat16, rel=0.03)
 
 
-def test_packed_gives_the_losses_of_padded_and_plain_peft_opens_the_adapter(
-    folder: Path,
-) -> None:
+def test_packed_gives_the_losses_of_padded_and_plain_peft_opens_the_adapter(folder: Path) -> None:
     same = {"quantize_mode": "16bit", "compute_dtype": "fp32"}
     packed = run(folder, "packed", 3, **same)
     assert packed[0] > packed[-1]

@@ -17,12 +17,7 @@ import pytest
 import falcon_qlora
 from tests.integration import test_fuzz_checkpoints as checkpoints
 from tests.integration import test_fuzz_folders as folders
-from tests.unit import (
-    test_fuzz_cache,
-    test_fuzz_inputs,
-    test_fuzz_models,
-    test_untrusted,
-)
+from tests.unit import test_fuzz_cache, test_fuzz_inputs, test_fuzz_models, test_untrusted
 
 # What commands write and read again, by where it lies; `written` has all of it but what PARTS says.
 FUZZED = {

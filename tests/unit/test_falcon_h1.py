@@ -66,11 +66,7 @@ KINDS = {
     "two groups, no norm, no bias": {"mamba_n_groups": 2, "mamba_conv_bias": False},
     "norm behind the gate": {"mamba_n_groups": 2, "mamba_rms_norm": True, "mamba_norm_before_gate": False},
     "norm before the gate": {"mamba_n_groups": 2, "mamba_rms_norm": True, "mamba_norm_before_gate": True},
-    "limited steps": {
-        "mamba_rms_norm": True,
-        "mamba_norm_before_gate": False,
-        "time_step_limit": (0.3, 0.6),
-    },
+    "limited steps": {"mamba_rms_norm": True, "mamba_norm_before_gate": False, "time_step_limit": (0.3, 0.6)},
 }
 
 
