@@ -18,7 +18,7 @@ import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,9 +39,6 @@ from falcon_qlora.processes import agreement, ranks
 from falcon_qlora.processes.endings import sibling_died
 from falcon_qlora.processes.watchdog import WRITER
 from falcon_qlora.terminal.console import note
-
-if TYPE_CHECKING:
-    pass
 
 # The share of the host's free memory that the copy may take.
 _MOST_OF_FREE = 0.5

@@ -18,7 +18,7 @@ from falcon_qlora.processes import agreement, ranks
 from falcon_qlora.training.cards import Card, card_here
 from falcon_qlora.training.cuts import decide, given, of_b
 from falcon_qlora.training.estimate import Estimate, Estimator, micro_batches_of, of_rows
-from falcon_qlora.training.resume import recorded_cut
+from falcon_qlora.training.same_run import recorded_cut
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

@@ -12,8 +12,9 @@ from falcon_qlora.data.batches import DocumentReader
 from falcon_qlora.processes import agreement, ranks, stop_signals
 from falcon_qlora.run_folder.directory import RunDirectory
 from falcon_qlora.terminal.console import note, patience
-from falcon_qlora.training.resume import DRAWING, how_to_go_on
+from falcon_qlora.training.resume import how_to_go_on
 from falcon_qlora.training.rows import TrainingData, global_batch
+from falcon_qlora.training.same_run import DRAWING
 
 if TYPE_CHECKING:
     from trl import SFTConfig
@@ -63,10 +64,7 @@ def model_with_adapter(
             offload=offload,
         )
     check_vocabulary(
-        tokenizer,
-        model.config.vocab_size,
-        name=settings.model_name_or_path,
-        added=method.new_token_count,
+        tokenizer, model.config.vocab_size, name=settings.model_name_or_path, added=method.new_token_count
     )
     method = method.for_tokenizer(tokenizer)
     if adapter is None:
@@ -159,7 +157,7 @@ def build_trainer(
         training: the settings of TRL's trainer.
         max_length: tokens of a sequence.
         describe_adapter: completes an adapter's folder after it is written.
-        settings: `resume.compared_settings`.
+        settings: `same_run.compared_settings`.
         began: seconds since the epoch at which the command began.
         cutter: how a step is cut into micro-batches.
     """
@@ -179,10 +177,7 @@ def build_trainer(
     if data.held_out is not None:
         evaluation = Evaluation(
             reader=DocumentReader(
-                data.held_out.dataset,
-                padding=None,
-                max_length=max_length,
-                padding_id=tokenizer.eos_token_id,
+                data.held_out.dataset, padding=None, max_length=max_length, padding_id=tokenizer.eos_token_id
             ),
             lengths=data.held_out.lengths,
             target_tokens=int(data.held_out.target_counts.sum()),

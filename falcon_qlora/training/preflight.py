@@ -23,7 +23,7 @@ from falcon_qlora.run_folder import tracking
 from falcon_qlora.run_folder.directory import RunDirectory
 from falcon_qlora.run_folder.lock import RunLock
 from falcon_qlora.terminal.console import note
-from falcon_qlora.training import base, resume, schedule, sharding, start_adapter
+from falcon_qlora.training import base, resume, same_run, schedule, sharding, start_adapter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -106,7 +106,7 @@ def check(configuration: Configuration, lock: RunLock) -> Start:
         base.check_recorded_folders(model, checkpoint)
     start_adapter.adopt(configuration, found, checkpoint)
     if checkpoint is not None:
-        resume.adopt(configuration, checkpoint)
+        same_run.adopt(configuration, checkpoint)
     _follow_checkpoint(configuration)
     trackers = tracking.choose(run.report_to)
     config = _check_model(configuration)

@@ -66,6 +66,7 @@ def _train(configuration: Configuration, lock: RunLock, began: float, trial: Dry
         from falcon_qlora.training.alike import check_alike
         from falcon_qlora.training.base import check_base
         from falcon_qlora.training.disk import check_disk, waiting_saves
+        from falcon_qlora.training.same_run import check_data, compared_settings
         from falcon_qlora.training.sharding import shard_if_wanted, shares_out_base, ways_to_take_less
 
         if not gc.isenabled():  # as `falcon_qlora.train` has it; what the libraries made stays
@@ -87,7 +88,7 @@ def _train(configuration: Configuration, lock: RunLock, began: float, trial: Dry
         share_out = shares_out_base(configuration)
         together = method.is_whole or share_out
         data = rows.training_data(configuration.data, run, tokenizer, together=together)
-    resume.check_data(data, start.checkpoint, base.tokenizer_name_or_path or base.model_name_or_path)
+    check_data(data, start.checkpoint, base.tokenizer_name_or_path or base.model_name_or_path)
     configuration.log_steps_of_short_run(data.total_steps)
     if trial is None and resume.is_done(start.directory, start.checkpoint, data.total_steps):
         finish.leave_as_it_is(start.directory, steps=data.total_steps)
@@ -153,7 +154,7 @@ def _train(configuration: Configuration, lock: RunLock, began: float, trial: Dry
             model=model,
             trackers=start.trackers,
             describe_adapter=describe_adapter,
-            settings=resume.compared_settings(configuration),
+            settings=compared_settings(configuration),
             began=began,
             cutter=cutter,
         )

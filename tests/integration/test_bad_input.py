@@ -138,16 +138,7 @@ class TestData:
         unanswered = {"instruction": "Who?", "output": ""}
         masked = {"instruction": "Who? " * 90, "output": "Me."}
         write_jsonl(folder / "some.jsonl", [*ROWS, unanswered, unanswered, masked])
-        words = [
-            "--dataset_name",
-            "some.jsonl",
-            "--overlong",
-            "truncate",
-            "--steps",
-            "1",
-            "--output_dir",
-            "out",
-        ]
+        words = "--dataset_name some.jsonl --overlong truncate --steps 1 --output_dir out".split()
         assert cli.main(["train", *PLAIN, *words]) == 0
         record = json.loads((folder / "out/data.json").read_text())
         assert record["rows_read"] == len(ROWS) + 3
@@ -158,11 +149,7 @@ class TestData:
 
 class TestModel:
     @pytest.mark.parametrize(
-        ("model_type", "named"),
-        [
-            ("falcon_mamba", "a Falcon-Mamba"),
-            ("gpt2", "of type 'gpt2'"),
-        ],
+        ("model_type", "named"), [("falcon_mamba", "a Falcon-Mamba"), ("gpt2", "of type 'gpt2'")]
     )
     def test_no_classic_falcon(self, refused: Refuse, folder: Path, model_type: str, named: str) -> None:
         (folder / "model").mkdir()
@@ -288,10 +275,7 @@ class TestNames:
         [
             (["data", "-m", "tiny", "--dataset_name", "row.jsonl"], "did you mean rows.jsonl?"),
             (["prepare", "-m", "tiny", "--dataset_name", "row.jsonl"], "did you mean rows.jsonl?"),
-            (
-                ["generate", "--adapter", "nowhere"],
-                "One on the hub is downloaded first",
-            ),
+            (["generate", "--adapter", "nowhere"], "One on the hub is downloaded first"),
         ],
     )
     def test_in_the_other_commands(self, refused: Refuse, words: list[str], message: str) -> None:

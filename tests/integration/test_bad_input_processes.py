@@ -83,29 +83,18 @@ class TestSeveralProcesses:
         assert "falcon_qlora/" not in errors.split(told)[1].replace("falcon_qlora.train", "")
 
     @pytest.mark.slow
-    def test_a_hub_that_refuses_connections(self, processes: Processes) -> None:
+    @pytest.mark.parametrize("name", [("-m", "tiiuae/falcon-7b"), ("--dataset_name", "tatsu-lab/alpaca")])
+    def test_a_hub_that_refuses_connections(self, processes: Processes, name: tuple[str, str]) -> None:
         status, _, errors = processes.run(
             "falcon_qlora",
-            *train("-m", "tiiuae/falcon-7b"),
+            *train(*name),
             HF_HUB_OFFLINE="0",
             HF_ENDPOINT="http://me:swordfish@127.0.0.1:9",
             HF_TOKEN="hf_marlin",
         )
         assert (status, "swordfish" in errors, "marlin" in errors) == (2, False, False)
         assert "the hub cannot be reached" in only_message(errors)
-        assert "falcon-qlora prepare" in errors
-
-    @pytest.mark.slow
-    def test_a_hub_of_data_that_refuses_connections(self, processes: Processes) -> None:
-        status, _, errors = processes.run(
-            "falcon_qlora",
-            *train("--dataset_name", "tatsu-lab/alpaca"),
-            HF_HUB_OFFLINE="0",
-            HF_ENDPOINT="http://me:swordfish@127.0.0.1:9",
-            HF_TOKEN="hf_marlin",
-        )
-        assert (status, "swordfish" in errors, "marlin" in errors) == (2, False, False)
-        assert "the hub cannot be reached" in only_message(errors)
+        assert ("falcon-qlora prepare" in errors) or name[0] != "-m"
 
     @pytest.mark.slow
     def test_a_rejected_key_of_weights_and_biases(self, processes: Processes) -> None:

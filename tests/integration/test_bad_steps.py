@@ -103,10 +103,10 @@ def test_the_mean_loss_is_of_the_steps_that_count(tmp_path: Path, monkeypatch: p
         return loss * torch.nan if share.step == 1 else loss, halvings
 
     monkeypatch.setattr(global_batch, "accumulate_gradients", noted)
-    settings: dict[str, Any] = {"max_steps": 3, "logging_steps": 3, "max_rows": 40, "max_length": 64}
+    settings: dict[str, Any] = {"max_steps": 6, "logging_steps": 3, "max_rows": 40, "max_length": 64}
     run = fine_tune(tmp_path / "run", **settings, eval_split=None, eval_steps=None, save_strategy="no")
-    (line,) = metrics(run)
-    assert line["loss"] == pytest.approx((losses[0] + losses[2]) / 2, rel=1e-6)
+    expected = [(losses[0] + losses[2]) / 2, sum(losses[3:]) / 3]
+    assert [line["loss"] for line in metrics(run)] == pytest.approx(expected, rel=1e-6)
 
 
 def rows_with_poison(path: Path, poisoned: set[int], count: int) -> str:

@@ -76,12 +76,7 @@ def test_a_whole_run_saves_as_the_same_command_does_for_a_user(
 
 def test_a_run_that_breaks_says_why(capsys: pytest.CaptureFixture[str]) -> None:
     row = Row(
-        name="ours",
-        model="tiny",
-        quantize_mode="4bit",
-        gpus=1,
-        work=Work(),
-        flags=("--no_such_flag", "1"),
+        name="ours", model="tiny", quantize_mode="4bit", gpus=1, work=Work(), flags=("--no_such_flag", "1")
     )
     measured = measure(row, steps=1, warmup=0, on_gpu=False)
     assert measured.failure is not None

@@ -72,11 +72,7 @@ def reads(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Reads:
 
 @pytest.mark.parametrize(
     ("verb", "more"),
-    [
-        ("data", [f"{SAMPLE} --no_packing", f"{SAMPLE} --streaming -s 2"]),
-        ("prepare", []),
-        ("params", []),
-    ],
+    [("data", [f"{SAMPLE} --no_packing", f"{SAMPLE} --streaming -s 2"]), ("prepare", []), ("params", [])],
 )
 def test_what_looks_ahead_runs_as_its_page_says_and_reads_what_it_declares(
     reads: Reads, verb: str, more: list[str]

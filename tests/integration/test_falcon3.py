@@ -21,6 +21,8 @@ from falcon_qlora.methods.open_adapter import load_adapter
 from tests.integration.runs import metrics, write_jsonl
 from tests.small_tokenizer import small_tokenizer
 
+pytestmark = pytest.mark.usefixtures("forked")
+
 LINEARS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
 
@@ -75,6 +77,35 @@ def losses(lines: list[dict[str, Any]]) -> list[float]:
     return [line["loss"] for line in lines if "loss" in line]
 
 
+def check_merge(folder: Path, *, most: str) -> None:
+    """Merge `run`, within so much loss and divergence; what comes of it is asked, inspected and evaluated."""
+    merged = folder / "merged"
+    bounds = ["--max_loss_increase", most, "--max_kl_divergence", most]
+    words = ["merge", "--adapter", str(folder / "run"), "--out", str(merged), "--base", "dequantized"]
+    assert cli.main([*words, *bounds, "--dtype", "fp32"]) == 0
+    reference = load_adapter(folder / "run/adapter", base_model=str(folder / "model"), device="cpu")
+    ids = torch.arange(20)[None]
+    merge = AutoModelForCausalLM.from_pretrained(merged)
+    assert_close(merge(ids).logits, reference(ids).logits, rtol=1e-3, atol=1e-3)
+    for words in (["inspect", str(folder / "run")], ["inspect", str(merged)]):
+        assert cli.main(words) == 0
+    for which in (["--adapter", str(folder / "run")], ["-m", str(merged)]):
+        assert cli.main(["generate", *which, "--prompt", "Say 3.", "--max_new_tokens", "5"]) == 0
+    assert cli.main(["eval", "-m", str(merged), "--dataset_name", str(folder / "rows.jsonl")]) == 0
+
+
+def check_opened_by_peft(folder: Path, adapter: Path) -> None:
+    """Plain PEFT on plain Transformers computes with an adapter what is computed here."""
+    plain = AutoModelForCausalLM.from_pretrained(folder / "model")
+    opened = PeftModel.from_pretrained(plain, adapter)
+    ids = torch.arange(20)[None]
+    base = str(folder / "model")
+    ours = load_adapter(adapter, base_model=base, quantize_mode="16bit", device="cpu")
+    assert_close(ours(ids).logits, opened(ids).logits, rtol=1e-4, atol=1e-4)
+    with opened.disable_adapter():
+        assert not torch.allclose(ours(ids).logits, opened(ids).logits, atol=1e-2)
+
+
 @pytest.mark.slow
 def test_a_run_is_resumed_merged_and_asked(folder: Path) -> None:
     flags = [word for name, value in settings(folder, "run", 4).items() for word in (f"--{name}", str(value))]
@@ -91,19 +122,7 @@ def test_a_run_is_resumed_merged_and_asked(folder: Path) -> None:
     assert (
         set(json.loads((folder / "run/adapter/adapter_config.json").read_text())["target_modules"]) == LINEARS
     )
-
-    merged = folder / "merged"
-    words = ["merge", "--adapter", str(folder / "run"), "--out", str(merged), "--max_loss_increase", "0.2"]
-    assert cli.main([*words, "--max_kl_divergence", "0.2", "--dtype", "fp32", "--base", "dequantized"]) == 0
-    reference = load_adapter(folder / "run/adapter", base_model=str(folder / "model"), device="cpu")
-    ids = torch.arange(20)[None]
-    merge = AutoModelForCausalLM.from_pretrained(merged)
-    assert_close(merge(ids).logits, reference(ids).logits, rtol=1e-3, atol=1e-3)
-    for words in (["inspect", str(folder / "run")], ["inspect", str(merged)]):
-        assert cli.main(words) == 0
-    for which in (["--adapter", str(folder / "run")], ["-m", str(merged)]):
-        assert cli.main(["generate", *which, "--prompt", "Say 3.", "--max_new_tokens", "5"]) == 0
-    assert cli.main(["eval", "-m", str(merged), "--dataset_name", str(folder / "rows.jsonl")]) == 0
+    check_merge(folder, most="0.2")
 
 
 def test_fp8_trains_what_bfloat16_trains(folder: Path) -> None:
@@ -115,21 +134,12 @@ def test_fp8_trains_what_bfloat16_trains(folder: Path) -> None:
     assert in_fp8 == pytest.approx(in_bfloat16, rel=0.03)
 
 
-def test_packed_gives_the_losses_of_padded_and_plain_peft_opens_the_adapter(
-    folder: Path,
-) -> None:
+def test_packed_gives_the_losses_of_padded_and_plain_peft_opens_the_adapter(folder: Path) -> None:
     same = {"quantize_mode": "16bit", "compute_dtype": "fp32"}
     packed = run(folder, "packed", 3, **same)
     assert packed[0] > packed[-1]
     assert packed == pytest.approx(run(folder, "padded", 3, packing=False, **same), abs=1e-4)
-    plain = AutoModelForCausalLM.from_pretrained(folder / "model")
-    opened = PeftModel.from_pretrained(plain, folder / "packed/adapter")
-    ids = torch.arange(20)[None]
-    base = str(folder / "model")
-    ours = load_adapter(folder / "packed/adapter", base_model=base, quantize_mode="16bit", device="cpu")
-    assert_close(ours(ids).logits, opened(ids).logits, rtol=1e-4, atol=1e-4)
-    with opened.disable_adapter():
-        assert not torch.allclose(ours(ids).logits, opened(ids).logits, atol=1e-2)
+    check_opened_by_peft(folder, folder / "packed/adapter")
 
 
 @pytest.mark.slow

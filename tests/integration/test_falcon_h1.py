@@ -18,11 +18,11 @@ from falcon_qlora.common.errors import UserError
 from falcon_qlora.kernels import fp8
 from falcon_qlora.methods.open_adapter import load_adapter
 from tests.integration.runs import metrics, write_jsonl
-from tests.integration.test_falcon3 import losses, run, settings
+from tests.integration.test_falcon3 import check_merge, check_opened_by_peft, losses, run, settings
 from tests.small_tokenizer import small_tokenizer
 from tests.unit.test_falcon_h1 import KINDS, plain_model
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("forked")]
 
 LINEARS = {"q_proj", "k_proj", "v_proj", "o_proj", "in_proj", "gate_proj", "up_proj", "down_proj"}
 
@@ -61,19 +61,7 @@ def test_a_run_is_resumed_merged_and_asked(folder: Path, capfd: pytest.CaptureFi
     assert resumed == run(folder, "whole", 4, eval_split=0.2)
     record = json.loads((folder / "run/adapter/adapter_config.json").read_text())
     assert set(record["target_modules"]) == LINEARS
-
-    merged = folder / "merged"
-    words = ["merge", "--adapter", str(folder / "run"), "--out", str(merged), "--max_loss_increase", "0.5"]
-    assert cli.main([*words, "--max_kl_divergence", "0.5", "--dtype", "fp32", "--base", "dequantized"]) == 0
-    reference = load_adapter(folder / "run/adapter", base_model=str(folder / "model"), device="cpu")
-    ids = torch.arange(20)[None]
-    merge = AutoModelForCausalLM.from_pretrained(merged)
-    assert_close(merge(ids).logits, reference(ids).logits, rtol=1e-3, atol=1e-3)
-    for words in (["inspect", str(folder / "run")], ["inspect", str(merged)]):
-        assert cli.main(words) == 0
-    for which in (["--adapter", str(folder / "run")], ["-m", str(merged)]):
-        assert cli.main(["generate", *which, "--prompt", "Say 3.", "--max_new_tokens", "5"]) == 0
-    assert cli.main(["eval", "-m", str(merged), "--dataset_name", str(folder / "rows.jsonl")]) == 0
+    check_merge(folder, most="0.5")
 
 
 @pytest.mark.parametrize("mode", ["16bit", "8bit"])
@@ -89,16 +77,7 @@ def test_packed_gives_the_losses_of_padded_and_plain_peft_opens_the_adapter(fold
         found = json.loads((folder / f"{kind}-{mode}/summary.json").read_text())["checks"]["packing"]
         assert found["documents"] > 1
         assert found["moved"] == 0
-    plain = AutoModelForCausalLM.from_pretrained(folder / "model")
-    opened = PeftModel.from_pretrained(plain, folder / f"packed-{mode}/adapter")
-    ids = torch.arange(20)[None]
-    base = str(folder / "model")
-    ours = load_adapter(
-        folder / f"packed-{mode}/adapter", base_model=base, quantize_mode="16bit", device="cpu"
-    )
-    assert_close(ours(ids).logits, opened(ids).logits, rtol=1e-4, atol=1e-4)
-    with opened.disable_adapter():
-        assert not torch.allclose(ours(ids).logits, opened(ids).logits, atol=1e-2)
+    check_opened_by_peft(folder, folder / f"packed-{mode}/adapter")
 
 
 @pytest.mark.parametrize("more", [{}, {"lora_target_modules": ["in_proj", "out_proj"]}], ids=["eight", "two"])

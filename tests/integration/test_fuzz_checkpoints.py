@@ -20,7 +20,7 @@ import falcon_qlora
 from falcon_qlora.checkpoint.manifest import describe_file
 from falcon_qlora.config.configuration import parse
 from falcon_qlora.run_folder.directory import RunDirectory
-from falcon_qlora.training import resume
+from falcon_qlora.training import resume, same_run
 from falcon_qlora.training.trainer import FalconTrainer
 from tests.fuzzing import change, fresh_copy, fuzz, read_or_refused
 from tests.integration.conftest import STEP
@@ -90,7 +90,7 @@ def test_before_anything_is_loaded(written, scratch, data, name):
         configuration = parse(["--resume", str(run), "--report_to", "none"])
         checkpoint = resume.checkpoint_to_resume(RunDirectory(run), resume=str(run), overwrite=False)
         if checkpoint is not None:
-            resume.adopt(configuration, checkpoint)
+            same_run.adopt(configuration, checkpoint)
         return configuration
 
     configuration = read_or_refused(run, begin, or_about=ABOUT)

@@ -17,12 +17,7 @@ import pytest
 import falcon_qlora
 from tests.integration import test_fuzz_checkpoints as checkpoints
 from tests.integration import test_fuzz_folders as folders
-from tests.unit import (
-    test_fuzz_cache,
-    test_fuzz_inputs,
-    test_fuzz_models,
-    test_untrusted,
-)
+from tests.unit import test_fuzz_cache, test_fuzz_inputs, test_fuzz_models, test_untrusted
 
 # What commands write and read again, by where it lies; `written` has all of it but what PARTS says.
 FUZZED = {
@@ -62,7 +57,7 @@ READERS = {
     "models/folder.py": test_fuzz_models.test_what_a_merge_takes_from_it,
     "methods/adapter_folder.py": test_untrusted.test_no_adapter_makes_the_reader_crash,
     "methods/full.py": folders.test_inspect,
-    "methods/lora.py": test_untrusted.test_no_adapter_makes_the_reader_crash,
+    "methods/lora_folder.py": test_untrusted.test_no_adapter_makes_the_reader_crash,
     "methods/new_tokens.py": test_fuzz_inputs.test_files_that_a_user_names,
     "methods/lora_layers.py": test_untrusted.test_no_adapter_makes_the_reader_crash,
     "models/checkpoints.py": test_fuzz_models.test_torch_files,

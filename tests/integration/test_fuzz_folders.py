@@ -158,13 +158,7 @@ def test_what_is_good_is_read(written, tmp_path, read):
 
 @pytest.mark.parametrize(
     "name",
-    [
-        "config.yaml",
-        "data.json",
-        "adapter/adapter_config.json",
-        "adapter/tokenizer.json",
-        "trainer_state.json",
-    ],
+    "config.yaml data.json adapter/adapter_config.json adapter/tokenizer.json trainer_state.json".split(),
 )
 def test_a_link_out_of_the_folder_is_not_followed(written, tmp_path, capsys, name):
     folder = fresh_copy(written / "run", tmp_path)

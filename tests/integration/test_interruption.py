@@ -12,15 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.integration.interrupted import (
-    NEVER_SAVING,
-    ROWS,
-    SETTINGS,
-    STEPS,
-    assert_same_run,
-    at_work,
-    run,
-)
+from tests.integration.interrupted import NEVER_SAVING, ROWS, SETTINGS, STEPS, assert_same_run, at_work, run
 from tests.integration.processes import Processes
 from tests.integration.runs import metrics, summary
 

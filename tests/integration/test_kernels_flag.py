@@ -158,11 +158,7 @@ def measured_again(run: Path, *words: str) -> tuple[float, str]:
     ids=["8bit", "off", "dropout", "fp8", "full"],
 )
 def test_eval_and_merge_measure_what_the_run_measured(
-    tmp_path: Path,
-    settings: dict[str, object],
-    kernels: str,
-    rel: float,
-    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path, settings: dict[str, object], kernels: str, rel: float, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with fp8.emulated() if settings.get("compute_dtype") == "fp8" else nullcontext():
         shared = {"quantize_mode": "8bit", "max_steps": 6, "eval_steps": 6}

@@ -129,8 +129,7 @@ def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(tmp_path: Path, settings
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("method", "compute_dtype", "allowed"),
-    [("adapter_v2", "fp32", 1e-4), ("full", "fp32", 1e-4)],
+    ("method", "compute_dtype", "allowed"), [("adapter_v2", "fp32", 1e-4), ("full", "fp32", 1e-4)]
 )
 def test_two_processes_give_the_losses_of_one(
     method: str, compute_dtype: str, allowed: float, tmp_path: Path

@@ -19,7 +19,7 @@ from falcon_qlora.models import sharded
 from falcon_qlora.models.load import load_model
 from falcon_qlora.models.tiny import tiny_path
 from falcon_qlora.run_folder.directory import RunDirectory
-from falcon_qlora.training import resume, sharding
+from falcon_qlora.training import same_run, sharding
 from tests.integration.interrupted import assert_same_run
 from tests.integration.runs import command, train
 
@@ -144,7 +144,7 @@ def test_a_run_that_took_another_optimizer_than_its_recipes_goes_on_with_it(tmp_
     batch = configuration.run.global_batch_size
     manifest.write_manifest(checkpoint, {"global_batch": batch, "processes": 1})
     going_on = parse(words)
-    resume.adopt(going_on, str(checkpoint))
+    same_run.adopt(going_on, str(checkpoint))
     assert going_on.optimizer == "adamw_torch_fused"
     with pytest.raises(UserError, match="optim was adamw_torch_fused"):
-        resume.adopt(parse([*words, "--optim", "adamw_bnb_8bit"]), str(checkpoint))
+        same_run.adopt(parse([*words, "--optim", "adamw_bnb_8bit"]), str(checkpoint))

@@ -56,18 +56,7 @@ def _questions(rng: Random) -> str:
     return separator.join(form.format(question=_asked(task), answer=task.output) for task in tasks)
 
 
-_PLAIN_KINDS = [
-    "opposite",
-    "plural",
-    "past",
-    "colour",
-    "capital",
-    "animal",
-    "use",
-    "total",
-    "next_number",
-    "neighbour",
-]
+_PLAIN_KINDS = "opposite plural past colour capital animal use total next_number neighbour".split()
 
 
 def _facts(rng: Random) -> str:

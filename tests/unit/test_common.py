@@ -12,13 +12,7 @@ from pathlib import Path
 import pytest
 
 from falcon_qlora.common.errors import UserError, first_line, message_of, one_line, reason_of
-from falcon_qlora.common.files import (
-    replaced_folder,
-    temporary_files,
-    user_cache,
-    write_json,
-    write_text,
-)
+from falcon_qlora.common.files import replaced_folder, temporary_files, user_cache, write_json, write_text
 from falcon_qlora.common.quantities import counted, gib, passes
 from falcon_qlora.common.record_files import check_format
 from falcon_qlora.common.untrusted import is_count, is_number

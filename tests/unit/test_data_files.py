@@ -174,17 +174,9 @@ def test_gzip_csv_parquet(tmp_path: Path) -> None:
         ("a.csv", '{"a": "x", "b": 1}\n', r"a.csv:1: by its content JSON; let .* end with .jsonl or .json$"),
         ("a.csv", "sep=;\na;b\n1;2\n", r"a.csv:1: a line of Excel that names the separator; take it out$"),
         ("a.csv", "a;b\n1;2;3\n", r"a.csv:2: 3 fields.*\(separated by ';'\)"),
-        (
-            "a.json",
-            '{"a": [1, 2], "b": [1]}',
-            r"a.json:1: .*unequal lengths \('a' 2, 'b' 1\).*records",
-        ),
+        ("a.json", '{"a": [1, 2], "b": [1]}', r"a.json:1: .*unequal lengths \('a' 2, 'b' 1\).*records"),
         ("a.json", '{"a": {"0": 1}, "b": {"1": 1}}', r"a.json:1: .*unequal indexes.*orient=.records"),
-        (
-            "a.json",
-            '\n{"columns": ["a"], "index": [0], "data": [[1]]}',
-            r"a.json:2: .*split.*records",
-        ),
+        ("a.json", '\n{"columns": ["a"], "index": [0], "data": [[1]]}', r"a.json:2: .*split.*records"),
     ],
 )
 def test_malformed_files_are_told_with_their_line(tmp_path: Path, name: str, content: str, said: str) -> None:
@@ -209,22 +201,12 @@ def test_malformed_files_are_told_with_their_line(tmp_path: Path, name: str, con
         ),
         ("a.jsonl", '{"a": ["x", "y"]}\n\n', [{"a": "x"}, {"a": "y"}], [COLUMNS]),
         ("a.json", '{"a": {"0": "x", "7": "y"}}', [{"a": "x"}, {"a": "y"}], [COLUMNS]),
-        (
-            "a.json",
-            '{"0": {"a": "x"}, "1": {"a": "y"}}',
-            [{"a": "x"}, {"a": "y"}],
-            [BY_INDEX],
-        ),
+        ("a.json", '{"0": {"a": "x"}, "1": {"a": "y"}}', [{"a": "x"}, {"a": "y"}], [BY_INDEX]),
         ("a.json", '[{"a": ["x", "y"]}]', [{"a": ["x", "y"]}], []),
         # One chat is one row, however much its lists look like columns.
         ("a.json", CHAT, [json.loads(CHAT)], []),
         ("a.jsonl", CHAT, [json.loads(CHAT)], []),
-        (
-            "a.json",
-            '{"data": [{"a": 1}], "test": [{"a": 2}]}',
-            [{"a": 1}],
-            [UNDER_DATA],
-        ),
+        ("a.json", '{"data": [{"a": 1}], "test": [{"a": 2}]}', [{"a": 1}], [UNDER_DATA]),
         # Separators are told from the header, outside of its quotes.
         ("a.csv", '"a,,,";b\n"1;2";3,5\n', [{"a,,,": "1;2", "b": "3,5"}], ["read as separated by ';'"]),
         ("a.csv", "a\tb\n1,0\t2\n", [{"a": "1,0", "b": "2"}], ["read as separated by tabs"]),
@@ -538,14 +520,7 @@ def test_links_to_folders_are_followed_once(tmp_path: Path) -> None:
     for path in (folder / "z" / "a.jsonl", elsewhere / "in" / "b.jsonl", elsewhere / "c.jsonl"):
         path.parent.mkdir(parents=True, exist_ok=True)
         write(path, '{"text": "x"}\n')
-    links = {
-        "a": "z",
-        "inner": elsewhere / "in",
-        "outer": elsewhere,
-        "self": ".",
-        "up": "..",
-        "gone": "x",
-    }
+    links = {"a": "z", "inner": elsewhere / "in", "outer": elsewhere, "self": ".", "up": "..", "gone": "x"}
     for name, target in links.items():
         (folder / name).symlink_to(target)
     (elsewhere / "back").symlink_to(folder)

@@ -23,8 +23,8 @@ from falcon_qlora.data.packing import Plan, fill
 from falcon_qlora.methods.adapter_folder import write_record
 from falcon_qlora.models.fingerprint import tokenizer_fingerprint as fingerprint_of
 from falcon_qlora.models.tiny import tiny_path
-from falcon_qlora.training.resume import check_data
 from falcon_qlora.training.rows import TrainingData, told_at_end, training_data
+from falcon_qlora.training.same_run import check_data
 from tests.small_tokenizer import END, small_tokenizer
 
 LONG_TAIL = [*range(1, 60)] * 9 + [2000, 100_000]

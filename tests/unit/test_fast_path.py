@@ -20,13 +20,7 @@ from falcon_qlora.methods.table import METHODS
 from falcon_qlora.models import fast_path, forward
 from falcon_qlora.models.blocks import falcon_h1, llama
 from falcon_qlora.models.blocks.falcon import block_facts
-from falcon_qlora.models.fast_path import (
-    apply_fast_path,
-    choose_kernels,
-    decide,
-    described,
-    remove_fast_path,
-)
+from falcon_qlora.models.fast_path import apply_fast_path, choose_kernels, decide, described, remove_fast_path
 from falcon_qlora.models.forward import enable_packing
 from falcon_qlora.models.layouts import layout_of
 from falcon_qlora.models.layouts.falcon import Falcon

@@ -71,15 +71,7 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 DATA = ["rows.ndjson.bz2", "rows.jsonl.xz", "rows.jsonl.zst", "columns.json"]
-DATA += [
-    "rows.jsonl",
-    "rows.ndjson",
-    "rows.jsonl.gz",
-    "rows.json",
-    "wrapped.json",
-    "rows.csv",
-    "rows.parquet",
-]
+DATA += "rows.jsonl rows.ndjson rows.jsonl.gz rows.json wrapped.json rows.csv rows.parquet".split()
 EXPRESSIONS = ["{{ 1 / 0 }}", "{{ messages + 1 }}", "{{ 'a' * 10 ** 15 }}", "{{ x.y.z }}"]
 EXPRESSIONS += ["{% include '/etc/passwd' %}", "{{ ''.__class__.__mro__ }}", "{% for i in range(10 ** 9) %}"]
 # Of this many, written out, no memory holds the last.

@@ -21,11 +21,7 @@ from falcon_qlora.models.fast_path import choose_kernels, failed_libraries
 from tests.layouts import VOCABULARY, tiny_model
 from tests.unit.test_fast_path import adapted
 
-NAMES = (
-    "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED",
-    "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR",
-    "QUACK_CACHE_DIR",
-)
+NAMES = ("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", "QUACK_CACHE_DIR")
 
 
 @pytest.fixture

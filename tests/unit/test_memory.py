@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
 from falcon_qlora.common.quantities import GIB
@@ -14,7 +16,9 @@ from falcon_qlora.kernels import ops
 from falcon_qlora.methods.interface import trainable_count
 from falcon_qlora.methods.lora import Lora
 from falcon_qlora.models.activations import Checkpointing
+from falcon_qlora.models.forward import enable_packing
 from falcon_qlora.models.layouts import layout_of, preset_config
+from falcon_qlora.models.load import load_model
 from falcon_qlora.models.scaled import head_loss
 from falcon_qlora.models.sizes import weight_bytes
 from falcon_qlora.models.step_memory import (
@@ -25,6 +29,8 @@ from falcon_qlora.models.step_memory import (
     gathered_bytes,
     optimizer_bytes,
 )
+from tests.layouts import attach_lora, documents
+from tests.packing import packed
 
 FALCON_7B = preset_config("falcon-7b")
 TRAINABLE = trainable_count(Lora(r=64), FALCON_7B)
@@ -236,3 +242,39 @@ def test_two_cards_that_share_a_base_out_train_what_neither_holds(
     # tests.integration.shared_out counts what the processes hold: a part of the linears, and two blocks.
     rest = 2 * (layout_of(one.config).parameter_count() - layout_of(one.config).linear_parameter_count())
     assert part - rest == pytest.approx((whole - rest) * (1 / 2 + 2 / one.config.num_hidden_layers), rel=1e-6)
+
+
+# Shares as in 7B.
+_H1 = "head_dim=32,intermediate_size=1024,mamba_d_ssm=256,mamba_n_heads=4,mamba_d_head=64,mamba_d_state=16"
+
+
+@pytest.mark.parametrize(
+    "model", ["falcon3-7b?head_dim=64,intermediate_size=1920", f"falcon-h1-7b?{_H1}"], ids=["falcon3", "h1"]
+)
+def test_what_a_block_keeps_is_what_is_counted(monkeypatch: pytest.MonkeyPatch, model: str) -> None:
+    # PEFT looks for autocast on GPUs alone; without it each LoRA reads a copy of its own.
+    shape = "vocab_size=160,hidden_size=256,num_attention_heads=4,num_key_value_heads=1"
+    asked, tokens = torch.is_autocast_enabled, 128
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *device: not device or asked(*device))
+    kept = []
+    for blocks in (1, 3):
+        name = f"random:{model},{shape},num_hidden_layers={blocks}"
+        trained: Any = attach_lora(load_model(name, device="cpu", compute_dtype="bf16"), r=8)
+        enable_packing(trained)
+        here: dict[int, Tensor] = {}
+
+        def keep(tensor: Tensor, here: dict[int, Tensor] = here) -> Tensor:
+            here[tensor.untyped_storage().data_ptr()] = tensor
+            return tensor
+
+        with (
+            torch.autocast("cpu", torch.bfloat16),
+            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        ):
+            output = trained(**packed(documents([tokens])))
+        assert output.loss.requires_grad
+        activations = [each for each in here.values() if tokens in each.shape]
+        kept.append(sum(each.untyped_storage().nbytes() for each in activations))
+    one = Step(config=trained.config, tokens=tokens, trainable=0, fast=False, lora_rank=8)
+    # On the CPU attention keeps keys and values for every query head.
+    assert one._kept("none") == pytest.approx((kept[1] - kept[0]) / 2 / tokens, rel=0.06)

@@ -270,11 +270,7 @@ def test_runs_are_compared_that_have_no_summary_and_that_are_of_before(
     ],
 )
 def test_a_folder_that_is_no_run_is_refused_with_those_that_are(
-    comparison: Comparison,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    folders: list[str],
-    message: str,
+    comparison: Comparison, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folders: list[str], message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=message):

@@ -138,23 +138,11 @@ def test_every_optimizer_and_schedule_that_is_offered_takes_a_step() -> None:
     ("settings", "given", "told"),
     [
         ({"optim": "lomo"}, (), "--optim lomo: You need to install `lomo_optim`"),
-        (
-            {"optim": "sgd", "optim_args": "momentum"},
-            (),
-            "with --optim_args momentum: not enough",
-        ),
+        ({"optim": "sgd", "optim_args": "momentum"}, (), "with --optim_args momentum: not enough"),
         ({"optim": "sgd", "optim_args": "momentum=0.9,beta=1"}, (), "--optim_args: beta=1 changes nothing"),
-        (
-            {"optim": "adamw_torch", "optim_args": "eps=1"},
-            (),
-            "eps=1 changes nothing of --optim adamw_torch",
-        ),
+        ({"optim": "adamw_torch", "optim_args": "eps=1"}, (), "eps=1 changes nothing of --optim adamw_torch"),
         ({"optim": "rmsprop_bnb", "optim_args": "alpha=0.9"}, (), "it does not take them"),
-        (
-            {"optim": "sgd", "adam_beta1": 0.5},
-            ("adam_beta1",),
-            "--adam_beta1 is not read by --optim sgd",
-        ),
+        ({"optim": "sgd", "adam_beta1": 0.5}, ("adam_beta1",), "--adam_beta1 is not read by --optim sgd"),
         ({"optim": "sgd", "adam_beta1": 0.5}, (), ""),
         ({"optim": "lion_32bit", "adam_beta1": 0.5}, ("adam_beta1",), ""),
         (

@@ -314,15 +314,10 @@ def test_every_tracker_is_transformers_own_from_the_trainers_beginning_to_its_en
 
 
 @pytest.mark.parametrize(
-    ("run_name", "variable", "shown"),
-    [("flag", "env", "flag"), (None, "env", "env"), (None, None, "run")],
+    ("run_name", "variable", "shown"), [("flag", "env", "flag"), (None, "env", "env"), (None, None, "run")]
 )
 def test_a_flag_wins_over_a_variable_and_names_the_run(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    run_name: str | None,
-    variable: str | None,
-    shown: str,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_name: str | None, variable: str | None, shown: str
 ) -> None:
     seen: dict[str, Any] = {}
     _pretend_online(monkeypatch, seen)
