@@ -154,7 +154,7 @@ def _compare_settings(configuration: Configuration, checkpoint: Path, record: di
             continue
         if name not in _MAY_CHANGE:
             raise UserError(
-                f"--resume: {name} was {was} in the run to resume and is {is_now} now, which would make it "
+                f"--resume: --{name} was {was} in the run to resume and is {is_now} now, which would make it "
                 "another run. Leave it as it was, or start a new run"
             )
         note(f"{name} was {was} and is {is_now} now: {_MAY_CHANGE[name]}")

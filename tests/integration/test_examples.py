@@ -38,8 +38,8 @@ class Reads:
                 reads.add(name)
                 return super().__getitem__(name)
 
-        def watched(*arguments: Any) -> Any:
-            made = make(*arguments)
+        def watched(*arguments: Any, **how: Any) -> Any:
+            made = make(*arguments, **how)
             made.trainer = Trainer(made.trainer)
             self._watched |= {id(part): part for part in (made.model, made.data, made.run, made.method)}
             return made
