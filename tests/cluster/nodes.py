@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.integration import forks
-from tests.integration.runs import ENVIRONMENT
+from tests.integration.runs import ENVIRONMENT, each_once
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PORT = 29_400
@@ -105,7 +105,7 @@ class Nodes:
         home.mkdir(exist_ok=True)
         given = os.environ | ENVIRONMENT | {"PYTHONPATH": str(REPOSITORY)}
         given |= {"HOME": str(home), "XDG_CACHE_HOME": str(home / ".cache")} | environment
-        words = [sys.executable, "-m", *command]
+        words = [sys.executable, "-m", *each_once(command)]
         options: dict[str, Any] = {
             "cwd": self.at(node),
             "env": given | {forks.NAMESPACES: str(self._places[node])},

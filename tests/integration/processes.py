@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tests.integration.forks import Popen
 from tests.integration.refusals import contents
-from tests.integration.runs import ENVIRONMENT
+from tests.integration.runs import ENVIRONMENT, each_once
 
 
 class Processes:
@@ -25,7 +25,7 @@ class Processes:
 
     def start(self, *command: str, **environment: str) -> subprocess.Popen[str]:
         return Popen(
-            [sys.executable, "-m", *command],
+            [sys.executable, "-m", *each_once(command)],
             cwd=self.folder,
             env=os.environ | ENVIRONMENT | {"MARK": self._mark} | environment,
             stdout=subprocess.PIPE,

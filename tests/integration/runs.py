@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,26 @@ from tests.integration.forks import Popen
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled", "NO_COLOR": "1"}
 
 
+def each_once(words: Sequence[str]) -> list[str]:
+    """A command of `train` with the last of each flag alone: of one that is given twice a note tells."""
+    begin = next(
+        (at + 1 for at, word in enumerate(words) if word in ("train", "falcon_qlora.train")), len(words)
+    )
+    flags: dict[str, list[str]] = {}
+    for word in words[begin:]:
+        if re.match(r"--\w|-[a-zA-Z]$", word):
+            name = word.partition("=")[0]
+            flags.pop(name, None)
+            flags[name] = [word]
+        else:
+            flags[next(reversed(flags))].append(word)
+    return [*words[:begin], *(word for group in flags.values() for word in group)]
+
+
 def command(*arguments: str | Path, timeout: float = 240) -> subprocess.CompletedProcess[str]:
     """``falcon-qlora ARGUMENTS`` as a user would run it."""
     process = Popen(
-        [sys.executable, "-m", "falcon_qlora", *map(str, arguments)],
+        [sys.executable, "-m", "falcon_qlora", *each_once([*map(str, arguments)])],
         env={**os.environ, **ENVIRONMENT},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
