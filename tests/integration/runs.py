@@ -15,17 +15,17 @@ from typing import Any
 
 import pytest
 
+from falcon_qlora.config.verbs import VERBS
 from tests.integration.forks import Popen
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled", "NO_COLOR": "1"}
 
 
 def each_once(words: Sequence[str]) -> list[str]:
-    """A command of `train` with the last of each flag alone: of one that is given twice a note tells."""
-    begin = next(
-        (at + 1 for at, word in enumerate(words) if word in ("train", "falcon_qlora.train")), len(words)
-    )
-    flags: dict[str, list[str]] = {}
+    """A command with the last of each flag alone: of one that is given twice a note tells."""
+    verbs = [at for at, word in enumerate(words) if word in VERBS or word == "falcon_qlora.train"]
+    begin = verbs[0] + 1 if verbs else len(words)
+    flags: dict[str, list[str]] = {"": []}
     for word in words[begin:]:
         if re.match(r"--\w|-[a-zA-Z]$", word):
             name = word.partition("=")[0]

@@ -22,7 +22,7 @@ OFFLOADED = ("--offload_base",)
     [
         ("-q 4bit --eval_split 0.1 --eval_steps 2 --generate_samples 1", 1),
         ("-q 8bit --kernels off --checkpointing full --lora_dropout 0.1 --packing true", 2),
-        ("-q 16bit --method adapter_v2 --checkpointing offload", 1),
+        ("-q 16bit --method adapter_v2 --adapter_first_block 0 --checkpointing offload", 1),
     ],
 )
 def test_a_run_is_that_of_a_base_on_the_device_to_the_last_bit(tmp_path: Path, flags: str, gpus: int) -> None:
