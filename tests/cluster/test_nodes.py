@@ -186,7 +186,7 @@ def test_a_node_that_is_cut_off_ends_both_within_the_hang_limit(nodes: Nodes) ->
 
 
 def test_a_link_that_is_cut_for_a_while_is_survived(nodes: Nodes) -> None:
-    processes = begun(nodes, steps="40")
+    processes = begun(nodes, steps="20")
     at_step(processes[1], 3)
     nodes.cut(2)
     time.sleep(6)

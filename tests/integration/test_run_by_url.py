@@ -18,7 +18,7 @@ from falcon_qlora.common import by_url, stores
 from tests.folder_store import objects
 from tests.integration.forks import Popen
 from tests.integration.interrupted import ROWS, SETTINGS, STEPS, assert_same_run
-from tests.integration.runs import ENVIRONMENT, write_jsonl
+from tests.integration.runs import ENVIRONMENT, each_once, write_jsonl
 
 pytestmark = pytest.mark.slow
 URL = "s3://bucket/run"
@@ -37,7 +37,7 @@ class Machine:
         given = {"STORE": str(self.store), "XDG_CACHE_HOME": str(self.cache), "PATIENCE": "2"}
         given["PYTHONPATH"] = f"{Path(__file__).parents[2]}:{os.environ.get('PYTHONPATH', '')}".rstrip(":")
         return Popen(
-            [sys.executable, "-m", module, *words],
+            [sys.executable, "-m", module, *each_once(words)],
             env={**os.environ, **ENVIRONMENT, **given, **more},
             cwd=self.work,
             stdin=subprocess.DEVNULL,
