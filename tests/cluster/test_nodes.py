@@ -61,7 +61,7 @@ def begun(
     return {node: nodes.train(node, *common, *own.get(f"node{node}", [])) for node in (1, 2)}
 
 
-def ended(processes: dict[int, subprocess.Popen[str]], within_s: float = 90) -> Ended:
+def ended(processes: dict[int, subprocess.Popen[str]], within_s: float = 180) -> Ended:
     """Exit status, stdout and stderr on each node."""
     deadline, result = time.monotonic() + within_s, {}
     for node, process in processes.items():
@@ -90,7 +90,7 @@ def test_two_nodes_are_two_processes_of_one(nodes: Nodes) -> None:
     one = nodes.start(
         3, "falcon_qlora", "train", *SETTINGS, "--steps", "6", "--output_dir", "run", "--gpus", "2"
     )
-    assert one.wait(timeout=90) == 0
+    assert one.wait(timeout=180) == 0
     assert_same_run(nodes.at(1) / "run", nodes.at(3) / "run")
     assert not (nodes.at(2) / "run").exists()
     assert 0 < summary(nodes.at(1) / "run")["network_share"] < 1
