@@ -17,7 +17,8 @@ def test_the_kernels_of_a_run_are_like_their_references(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], model: str, words: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    flags = f"-m random:{model} --dataset_name sample --report_to none --gpus 1 -b 2 --dry_run {words}"
+    flags = f"-m random:{model} --tokenizer_name_or_path tiny --dataset_name sample"
+    flags += f" --report_to none --gpus 1 -b 2 --dry_run {words}"
     assert cli.main(["train", *flags.split()]) == 0
     told = capfd.readouterr().out
     print(told)
