@@ -21,9 +21,15 @@ from falcon_qlora.common.errors import (
     message_of,
     panics_as_errors,
 )
-from falcon_qlora.processes import lookout
+from falcon_qlora.processes import lookout, meeting
 from falcon_qlora.processes.agreement import PeerError, connect, met_by_all, require_store
-from falcon_qlora.processes.ranks import is_main_process, restart_count, world_size
+from falcon_qlora.processes.ranks import (
+    is_main_process,
+    local_process_index,
+    node_index,
+    restart_count,
+    world_size,
+)
 
 _REPORT_LIMIT = datetime.timedelta(seconds=10)
 
@@ -107,6 +113,7 @@ def leave(status: int) -> None:
     aborts the process. All that a run writes is written by then.
     """
     if status in (0, EXIT_STOPPED):
+        meeting.part()
         import torch
         import torch.distributed as dist
 
@@ -136,7 +143,9 @@ def report(message: str | None, status: int = EXIT_BUG) -> None:
         with contextlib.suppress(RuntimeError, KeyError, OSError):
             require_store()
             store = connect(_REPORT_LIMIT.total_seconds())
-    alone = store is None and is_main_process()
+    # On another node nobody else could say it either.
+    speaks = is_main_process() or (node_index() > 0 and local_process_index() == 0)
+    alone = store is None and speaks
     if message is not None and (alone or (store is not None and store.add(key, 1) == 1)):
         print(message, end="", file=sys.stderr, flush=True)
         if store is not None:

@@ -6,6 +6,7 @@ the rest then: they say for whom they wait, and end.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import os
@@ -39,6 +40,8 @@ _TELL_SECONDS = 30.0
 _GRACE_SECONDS = 15.0
 _LOOK_SECONDS = 0.02
 _STORE_SECONDS = 900.0
+# For how long the main process, which may have the store, waits at its end for those who still read there.
+_PART_SECONDS = 60.0
 _MOST_NAMED = 8
 _PREFIX = "falcon_qlora/meet"
 
@@ -148,6 +151,23 @@ def meet(
     set_restart_count(max(member["restarts"] for member in members))
     _met = name, dist.PrefixStore(name, store), members
     return _met
+
+
+def part() -> None:
+    """At the end of a run that has succeeded: the main process leaves last, as the store may end with it.
+
+    One that reads from a store that is gone would end as a failure. Every process calls this; only the main
+    process waits.
+    """
+    if _met is None:
+        return
+    _, store, members = _met
+    key, deadline = f"{_PREFIX}/parted", time.monotonic() + _PART_SECONDS
+    with contextlib.suppress(RuntimeError):  # the store is gone: nobody waits
+        parted = store.add(key, 1)
+        while is_main_process() and parted < len(members) and time.monotonic() < deadline:
+            time.sleep(_LOOK_SECONDS)
+            parted = store.add(key, 0)
 
 
 def _here() -> dict[str, Any]:

@@ -34,6 +34,14 @@ if sys.argv[1].startswith("-"):  # a worker, which gets flags alone
         return standard_step(self, *given, **named)
 
     FalconTrainer.training_step = paced  # type: ignore[method-assign]
+    standard_rest = finish.mirror_rest
+
+    def late(*given: Any) -> None:
+        """With LATE this process comes to its end so many seconds after the others."""
+        time.sleep(float(os.environ.get("LATE", "0")))
+        standard_rest(*given)
+
+    finish.mirror_rest = late
     main()
 else:
     standard = train.main
