@@ -102,8 +102,7 @@ def measure(words: list[str]) -> dict[str, Any]:
         double_quantization=settings.double_quantization,
         device=device,
     )
-    with device:
-        model = configuration.method.attach(base, seed=run.seed)
+    model = configuration.method.attach(base, seed=run.seed)
     enable_packing(model)
     kernels = choose_kernels(model, kernels=settings.kernels, compute_dtype=settings.compute_dtype)
     activations = choose_activations(
@@ -116,6 +115,12 @@ def measure(words: list[str]) -> dict[str, Any]:
                 parameter.normal_(std=0.01)
     kind, more = Trainer.get_optimizer_cls_and_kwargs(configuration.training)
     optimizer = kind(parameters, **more)
+    if more.get("optim_bits") == 8:  # as Trainer has it
+        from bitsandbytes.optim import GlobalOptimManager
+
+        for module in model.modules():
+            if isinstance(module, torch.nn.Embedding):
+                GlobalOptimManager.get_instance().register_module_override(module, "weight", {"optim_bits": 32})
     tokens = run.per_device_train_batch_size * data.max_length
     length = min(DOCUMENT_TOKENS, tokens)
     rows = made_up(tokens // length, length, model.config.vocab_size, seed=0)
