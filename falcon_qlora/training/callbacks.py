@@ -47,6 +47,8 @@ class StepKeeper(DefaultFlowCallback):
         # Every save strategy but NO saves the last step.
         control.should_save |= state.global_step == state.max_steps and args.save_strategy != SaveStrategy.NO
         self._heed(state, control)
+        if not (control.should_evaluate or control.should_save or control.should_training_stop):
+            self._trainer.read_ahead()  # the loop may wait for the device next, to log the loss
 
     def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         pass  # the loop's only epoch ends with the run

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,8 @@ class FalconTrainer(SFTTrainer):
         self._was_cut_anew = False
         self.meter = Meter(began=began)
         self.share: Share
+        self._shares: Iterator[Share]
+        self._ahead: Future[Share | None] | None = None
         self.account: dict[str, Any] | None = None  # of the last step's share
         # Of this start's first documents and of its answers, for the summary's checks.
         self.leak_probe: leak_probe.LeakProbe | str = "no step was left"
@@ -234,12 +237,24 @@ class FalconTrainer(SFTTrainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Share], num_batches: int, device: torch.device
     ) -> tuple[list[Share], None]:
-        self.watchdog.at(self.state.global_step + 1, 0, "reading data")
-        share = next(epoch_iterator, None)
+        self._shares = epoch_iterator
+        if self._ahead is None:
+            self.read_ahead()
+        assert self._ahead is not None
+        share, self._ahead = self._ahead.result(), None
         if self._resumption is not None:  # after reading, for which the loop draws random numbers
             self._resumption.take_up_random_states()
             self._resumption = None
         return ([] if share is None else [share]), None
+
+    def read_ahead(self) -> None:
+        """Read the next step's share, while the device is at work; an error is raised where it is needed."""
+        self.watchdog.at(self.state.global_step + 1, 0, "reading data")
+        self._ahead = Future()
+        try:
+            self._ahead.set_result(next(self._shares, None))
+        except Exception as error:
+            self._ahead.set_exception(error)
 
     def training_step(self, model: nn.Module, inputs: Share, num_items_in_batch: Any = None) -> torch.Tensor:
         model.train()

@@ -120,7 +120,9 @@ def measure(words: list[str]) -> dict[str, Any]:
 
         for module in model.modules():
             if isinstance(module, torch.nn.Embedding):
-                GlobalOptimManager.get_instance().register_module_override(module, "weight", {"optim_bits": 32})
+                GlobalOptimManager.get_instance().register_module_override(
+                    module, "weight", {"optim_bits": 32}
+                )
     tokens = run.per_device_train_batch_size * data.max_length
     length = min(DOCUMENT_TOKENS, tokens)
     rows = made_up(tokens // length, length, model.config.vocab_size, seed=0)
