@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -168,7 +168,7 @@ def _step(
     )
 
 
-def warm_up(trainer: FalconTrainer, less: Sequence[str]) -> None:
+def warm_up(trainer: FalconTrainer, less: Callable[[int], list[str]]) -> None:
     """On a GPU, run the largest micro-batch of the run once, forward and backward, and drop the gradients.
 
     So too little memory is found before the first step, and PyTorch's allocator begins with the largest
@@ -176,7 +176,7 @@ def warm_up(trainer: FalconTrainer, less: Sequence[str]) -> None:
     parameter and no random state changes. A stream does nothing here: its largest micro-batch is not known.
 
     Args:
-        less: what takes less memory, for the error.
+        less: what takes less memory than a micro-batch of so many tokens, for the error.
 
     Raises:
         UserError: if the GPU's memory is too small.
@@ -227,9 +227,10 @@ def warm_up(trainer: FalconTrainer, less: Sequence[str]) -> None:
         assert batch is not None
         fitted = fits(batch)
     if not fitted:
+        tokens = sum(batch.lengths)
         raise UserError(
-            f"The largest micro batch of the run, {sum(batch.lengths):,} tokens, does not fit into the GPU's "
-            f"memory. Take less: {', '.join(less)}"
+            f"The largest micro batch of the run, {tokens:,} tokens, does not fit into the GPU's memory. "
+            f"Take less: {', '.join(less(tokens))}"
         )
     agreement.wait_for_all()  # nothing is written where another process lacks memory
 

@@ -161,7 +161,7 @@ def _train(configuration: Configuration, lock: RunLock, began: float, trial: Dry
         if trial is not None:
             trial.try_parts(trainer)
         with phase("first_step", "preparing the first step"):
-            warm_up(trainer, ways_to_take_less(configuration))
+            warm_up(trainer, functools.partial(ways_to_take_less, configuration))
         start.trackers.start(
             directory=directory,
             config=configuration.resolved(),

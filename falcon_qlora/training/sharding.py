@@ -94,12 +94,17 @@ def ways_to_hold_less(configuration: Configuration) -> list[str]:
     return ["--sharding fsdp"] * (ranks.world_size() > 1) + ["--offload_base"]
 
 
-def ways_to_take_less(configuration: Configuration) -> list[str]:
-    """What takes less of a GPU's memory in a step."""
+def ways_to_take_less(configuration: Configuration, tokens: int | None = None) -> list[str]:
+    """What takes less of a GPU's memory in a step.
+
+    Args:
+        tokens: of the micro-batch that did not fit, if it is known.
+    """
     run, data = configuration.run, configuration.data
     ways, smallest = ["a smaller -b"], str(data.max_length)
     if data.packing:
-        ways = [f"--batch_tokens {smallest}"] * (run.batch_tokens != smallest)
+        smaller = run.batch_tokens != smallest if tokens is None else tokens > data.max_length
+        ways = [f"--batch_tokens {smallest}"] * smaller
     ways += ["a smaller --max_length"]
     ways += ["--checkpointing full"] * (run.checkpointing in ("none", "selective"))
     ways += ["--checkpointing offload"] * (run.checkpointing != "offload")

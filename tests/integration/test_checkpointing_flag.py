@@ -104,6 +104,9 @@ def test_a_trial_that_does_not_fit_says_what_to_change(
         UserError, match=r"does not fit.*: --batch_tokens \d+, a smaller .*, --checkpointing full, --check"
     ):
         fine_tune(tmp_path / "run", checkpointing="none")
+    # Where the micro-batch is as small as it can be cut, cutting it is no advice.
+    with pytest.raises(UserError, match=r"does not fit.*Take less: a smaller --max_length, --checkp"):
+        fine_tune(tmp_path / "run", checkpointing="none", per_device_train_batch_size=1)
     assert not (tmp_path / "run").exists()
 
 

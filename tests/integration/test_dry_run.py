@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import falcon_qlora
 from falcon_qlora.common.errors import UserError
@@ -50,7 +51,8 @@ def test_two_ranks_pass_and_leave_nothing(work: Processes) -> None:
     assert labels == (
         "versions data disk all-reduce kernels step cut save quantized adapter end packing reopened".split()
     )
-    assert "gloo, the right sum on 2 ranks" in table
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    assert f"{backend}, the right sum on 2 ranks" in table
     assert re.search(r"kernels +loss within \S+ and gradients within \S+ of the model's own", table)
     assert "read back and loaded, the optimizer too" in table
     assert "step 1/" not in told
@@ -63,10 +65,16 @@ def test_two_ranks_pass_and_leave_nothing(work: Processes) -> None:
     ("fault", "rank", "where", "cause", "cure"),
     [
         ({"do": "gone", "rank": 1}, 1, "rows", r"gone/rows\.jsonl", ""),
-        ({"do": "kernel", "rank": 1}, 1, "kernels", "the fast path differs", "--kernels portable"),
+        ({"do": "kernel", "rank": 1}, 1, "kernels", "differs from", "--kernels "),
         ({"do": "sum", "rank": 1}, 1, "all-reduce", "gave 4 where 3 is right", "NCCL_DEBUG=INFO"),
         ({"do": "room", "bytes": 1000}, 0, "model", "checkpoints need .* are free", "--output_dir"),
-        ({"do": "memory", "rank": 1, "most": 0}, 1, "first step", "out of memory", "--batch_tokens 64"),
+        (
+            {"do": "memory", "rank": 1, "most": 0},
+            1,
+            "first step",
+            "out of memory|does not fit",
+            "--max_length",
+        ),
         ({"do": "alpha"}, 0, "first step", "what was saved failed its check", ""),
         ({"do": "odd", "step": 1, "rank": 1}, None, "first step", r"replicas diverged: ranks \[1\]", "GPUs"),
         ({"do": "version", "rank": 1}, None, "versions", rf"rank 1 on {HERE} has peft 0\.0\.1", "install"),
