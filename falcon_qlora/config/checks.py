@@ -120,6 +120,8 @@ def _faults(values: Values, where: dict[str, str], trains: bool) -> Iterator[str
             yield f"{name(setting)}: {value} is neither a number of steps nor a ratio below 1"
     if values["max_steps"] < 1 and values["max_steps"] != -1:
         yield f"{name('max_steps')}: must be at least 1, or -1 for whole epochs"
+    if trains and values["learning_rate"] == 0:
+        yield f"{name('learning_rate')}: a rate of 0 trains nothing; give one above 0"
     if values["batch_tokens"] != "auto":
         yield from _batch_tokens_faults(values, name("batch_tokens"))
     template = values["template"]

@@ -19,6 +19,7 @@ from falcon_qlora import __main__ as cli
 from falcon_qlora.methods.table import METHODS
 from tests.integration.runs import command, write_jsonl
 from tests.integration.test_adapter import fine_tune
+from tests.integration.test_trained_at_all import still
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +89,8 @@ def test_a_run_says_what_it_was_trained_on(whole, capsys):
 def test_a_run_at_rate_zero_is_not_trained_yet(tmp_path, capsys, monkeypatch, method):
     # As releases left one that refused none. Shorter than --logging_steps, it has logged no loss.
     monkeypatch.setattr("falcon_qlora.training.finish.require_moved", lambda trainer: None)
-    settings = {"max_steps": 1, "learning_rate": 0, "logging_steps": 10}
+    monkeypatch.setattr("falcon_qlora.training.trainer.FalconTrainer.create_scheduler", still)
+    settings = {"max_steps": 1, "logging_steps": 10}
     run = fine_tune(tmp_path, method=method, **settings)
     status, said = inspect(run, capsys)
     assert status == 0, said

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer
 
 import falcon_qlora
@@ -30,6 +31,12 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
+def still(self: Any, num_training_steps: int, optimizer: Any = None) -> Any:
+    """`FalconTrainer.create_scheduler`, with a rate of 0 in every step."""
+    self.lr_scheduler = LambdaLR(optimizer or self.optimizer, lambda step: 0.0)
+    return self.lr_scheduler
+
+
 def refusal(folder: Path, **settings: Any) -> str:
     with pytest.raises(UserError, match=r"^nothing was trained: after ") as refused:
         fine_tune(folder, save_strategy="no", **settings)
@@ -38,10 +45,13 @@ def refusal(folder: Path, **settings: Any) -> str:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_rate_of_0_is_told(tmp_path: Path, method: str) -> None:
-    said = refusal(tmp_path, method=method, learning_rate=0, max_steps=2, weight_decay=0.1, **METHODS[method])
+def test_a_rate_that_a_schedule_keeps_at_0_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    monkeypatch.setattr(FalconTrainer, "create_scheduler", still)
+    said = refusal(tmp_path, method=method, max_steps=2, weight_decay=0.1, **METHODS[method])
     assert "after 2 steps" in said
-    assert "The learning rate was 0 in every step: look at --learning_rate (0)" in said
+    assert "The learning rate was 0 in every step: look at --learning_rate (0.01)" in said
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -134,7 +144,7 @@ def test_a_run_that_goes_on_for_longer_has_the_longer_runs_rates(
 def test_the_command_ends_with_status_2(tmp_path: Path) -> None:
     rows = write_jsonl(tmp_path / "rows.jsonl", [{"text": f"{n} and {n} is {2 * n}."} for n in range(8)])
     words = ["train", "-m", "tiny", "--dataset_name", rows, "--output_dir", tmp_path / "run", "--lora_r", "4"]
-    ended = command(*words, "--report_to", "none", "--steps", "1", "--learning_rate", "0")
+    ended = command(*words, "--report_to", "none", "--steps", "1", "--learning_rate", "1e-60")
     assert ended.returncode == 2, ended.stderr
     assert "error: nothing was trained: after 1 step the weights" in ended.stderr
     assert not (tmp_path / "run" / "adapter").exists()
