@@ -23,7 +23,7 @@ from falcon_qlora.config.verbs import VERBS
 from falcon_qlora.processes import endings
 from falcon_qlora.training import preflight, run
 from tests.integration.refusals import only_message
-from tests.integration.runs import write_jsonl
+from tests.integration.runs import each_once, write_jsonl
 
 SETTINGS = FalconParser(LaunchArguments).settings
 
@@ -333,3 +333,18 @@ def test_a_large_model_computes_on_the_cpu_where_device_says_so(monkeypatch: pyt
     asked.run.device = "auto"
     with pytest.raises(UserError, match="--device cpu"):
         preflight._check_model(asked)
+
+
+@pytest.mark.parametrize(
+    ("words", "kept"),
+    [
+        ("-m falcon_qlora train -m tiny --seed 1 --seed=2", "-m falcon_qlora train -m tiny --seed=2"),
+        ("train -b 1 --lr 1 x -b 2", "train --lr 1 x -b 2"),
+        ("train rows.jsonl --eval_split a b --eval_split c", "train rows.jsonl --eval_split c"),
+        ("train --seed -1 --seed -2", "train --seed -2"),
+        ("-m falcon_qlora.train -m a -m b", "-m falcon_qlora.train -m b"),
+        ("-m pytest -m a -m b", "-m pytest -m a -m b"),
+    ],
+)
+def test_commands_of_tests_have_the_last_of_each_flag(words: str, kept: str) -> None:
+    assert each_once(words.split()) == kept.split()
