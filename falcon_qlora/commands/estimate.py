@@ -336,10 +336,11 @@ def _tell_card(estimator: Estimator, card: Card, found: Estimate) -> None:
         )
     print_plain("")
     console().print(table)
-    print_plain(
-        "These fill the card; --batch_tokens auto and --checkpointing auto leave "
-        f"{1 - USABLE_SHARE:.0%} of a step's memory free"
-    )
+    if any(largest.values()):
+        print_plain(
+            "These fill the card; --batch_tokens auto and --checkpointing auto leave "
+            f"{1 - USABLE_SHARE:.0%} of a step's memory free"
+        )
     if found.passes is not None:
         print_plain(_told_copies(found.passes))
 

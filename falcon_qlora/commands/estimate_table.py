@@ -135,7 +135,9 @@ def _record(rows: list[Row]) -> list[dict[str, Any]]:
             "card_gib": round(found.card_gib, 2),
             "fits": found.fits,
             "checkpointing": found.checkpointing,
-            "tokens_per_second": found.tokens_per_second and round(found.tokens_per_second, 1),
+            "tokens_per_second": round(speed, 1)
+            if found.fits and (speed := found.tokens_per_second)
+            else None,
         }
         for row in rows
         for name, found in row.cards.items()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 
-from falcon_qlora.common.errors import UserError, nearest
+from falcon_qlora.common.errors import UserError
 from falcon_qlora.common.quantities import GIB
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?) *(?:GiB|G)", re.IGNORECASE)
@@ -71,9 +71,10 @@ def card_of(text: str) -> Card:
         return Card(
             name=f"{float(size[1]):g}GiB", title=f"a card of {float(size[1]):g} GiB", gib=float(size[1])
         )
+    near = [known for known in CARDS if known in name or (name and name in known)]
+    meant = f" (did you mean {near[0]}?)" if len(near) == 1 else ""
     raise UserError(
-        f"--gpu {text!r} is not known{nearest(name, CARDS)}: give one of {', '.join(CARDS)}, or its memory "
-        "(24GiB)"
+        f"--gpu {text!r} is not known{meant}: give one of {', '.join(CARDS)}, or its memory (24GiB)"
     )
 
 

@@ -207,7 +207,7 @@ def _end_token(everyone: list[Answers], *, appended: bool) -> Check:
         return _not_checked("no answer was trained since the last start")
     told = f"the end token trained in {ended / answers:.1%} of {counted(answers, 'answer')}"
     if cut:
-        told += f"; {cut:,} more cut at --max_length"
+        told += f"; {cut:,} of them cut at --max_length"
     figures = {"answers": answers, "ended": ended, "cut": cut, "share": ended / answers}
     if not appended:
         return {"state": "recorded", "told": f"{told} (--append_end_token false)", **figures}

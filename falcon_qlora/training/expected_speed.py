@@ -149,8 +149,6 @@ class StepTime:
 
     def _of_host(self) -> float:
         """The least that a micro-batch takes, however few tokens it has."""
-        if not self.fast:
-            return 0
         kept, recomputed = _HOST_SECONDS[layout_of(self.config).family]
         return sum(kept if what == "none" else recomputed for what in self.blocks)
 

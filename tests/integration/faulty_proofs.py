@@ -163,7 +163,9 @@ def _gone() -> None:
 
 def _kernel() -> None:
     gelu = ops.gelu
-    ops.gelu = lambda *given, **named: gelu(*given, **named).mul_(1.5)  # beyond what rounding may do  # type: ignore[assignment]
+    ops.gelu = lambda *given, **named: gelu(*given, **named).mul_(
+        -4
+    )  # beyond what rounding may do in bfloat16  # type: ignore[assignment]
 
 
 def _sum() -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from falcon_qlora.__main__ import main
+from falcon_qlora.common.errors import UserError
 from falcon_qlora.common.quantities import GIB
 from falcon_qlora.config import parse
 from falcon_qlora.data.corpus import prepare_corpora
@@ -217,6 +218,33 @@ def test_another_card_is_refused_in_a_sentence(words: str, capsys: pytest.Captur
     assert told.count("\n") == 1
     assert "4090" in told
     assert "24GiB" in told
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [("rtx4090", "4090"), ("h20", "h200"), ("A100", None), ("V100", None), ("24", None), ("4090,h100", None)],
+)
+def test_only_the_card_that_can_be_meant_is_suggested(given: str, meant: str | None) -> None:
+    with pytest.raises(UserError) as refused:
+        card_of(given)
+    assert re.findall(r"did you mean (\S+)\?", str(refused.value)) == [meant] * (meant is not None)
+
+
+def test_no_figure_is_told_of_a_card_that_holds_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main("estimate -m random:falcon-40b --gpu 8GiB".split()) == 0
+    told = capsys.readouterr().out
+    assert told.count("does not fit") == 5
+    assert "fill the card" not in told
+    assert main("estimate --table -m random:falcon-40b --gpu t4 --json".split()) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert not any(each["fits"] for each in rows)
+    assert {each["tokens_per_second"] for each in rows} == {None}
+
+
+def test_a_small_micro_batch_waits_for_the_host_on_any_path(capsys: pytest.CaptureFixture[str]) -> None:
+    words = "-m random:falcon-rw-1b --max_steps 1 -b 1 --max_length 256"
+    t4, h200 = (estimate(f"{words} --gpu {gpu}", capsys)["tokens_per_second"] for gpu in ("t4", "h200"))
+    assert t4 <= h200
 
 
 def test_a_size_is_a_card_without_a_speed(capsys: pytest.CaptureFixture[str]) -> None:
