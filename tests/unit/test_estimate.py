@@ -242,7 +242,7 @@ def test_no_figure_is_told_of_a_card_that_holds_nothing(capsys: pytest.CaptureFi
 
 
 def test_a_small_micro_batch_waits_for_the_host_on_any_path(capsys: pytest.CaptureFixture[str]) -> None:
-    words = "-m random:falcon-rw-1b --max_steps 1 -b 1 --max_length 256"
+    words = "-m tiny --max_steps 1 -b 1 --max_length 128"
     t4, h200 = (estimate(f"{words} --gpu {gpu}", capsys)["tokens_per_second"] for gpu in ("t4", "h200"))
     assert t4 <= h200
 
