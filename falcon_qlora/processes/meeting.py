@@ -1,4 +1,4 @@
-"""How the processes of a start find each other, and for how long one waits for the others.
+"""How the processes of a start find each other, for how long one waits for the others, and who leaves last.
 
 A process may die before the others know of it. Under torchrun on several nodes, and under srun, nobody ends
 the rest then: they say for whom they wait, and end.

@@ -163,9 +163,8 @@ def _gone() -> None:
 
 def _kernel() -> None:
     gelu = ops.gelu
-    ops.gelu = lambda *given, **named: gelu(*given, **named).mul_(
-        -4
-    )  # beyond what rounding may do in bfloat16  # type: ignore[assignment]
+    # Beyond what rounding may do in bfloat16.
+    ops.gelu = lambda *given, **named: gelu(*given, **named).mul_(-4)  # type: ignore[assignment]
 
 
 def _sum() -> None:
