@@ -35,6 +35,7 @@ T = TypeVar("T")
 _WAIT_LIMIT = datetime.timedelta(days=7)
 _CONNECT_SECONDS = 60.0
 _PROBE_SECONDS = 3.0
+_PROBE_AGAIN_SECONDS = 0.2
 _LOOK_SECONDS = 0.02
 _PIECE_WORDS = 2**22
 _SCATTER = 0x1E3779B97F4A7C15  # odd, with bits of no pattern: the golden ratio's
@@ -176,7 +177,8 @@ def leave_word(meeting: str, mine: Any) -> None:
     Args:
         meeting: a name that no other has had, the same on all processes.
     """
-    connect(_CONNECT_SECONDS).set(f"{meeting}/{process_index()}", pickle.dumps(mine))  # type: ignore[arg-type]
+    store = connect(_CONNECT_SECONDS, patience_seconds=_CONNECT_SECONDS)
+    store.set(f"{meeting}/{process_index()}", pickle.dumps(mine))  # type: ignore[arg-type]
 
 
 def words_left(meeting: str, give_up: Callable[[], bool]) -> list[Any]:
@@ -185,7 +187,8 @@ def words_left(meeting: str, give_up: Callable[[], bool]) -> list[Any]:
     Raises:
         PeerError: if they have not all left something when `give_up` returns True.
     """
-    store, keys = connect(_CONNECT_SECONDS), [f"{meeting}/{process}" for process in range(world_size())]
+    store = connect(_CONNECT_SECONDS, patience_seconds=_CONNECT_SECONDS)
+    keys = [f"{meeting}/{process}" for process in range(world_size())]
     while True:
         last = give_up()
         if store.check(keys):
@@ -268,7 +271,7 @@ def _checksums(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def require_store() -> None:
-    """Try the machine and port of the store: torch would try for long, and print what it tried.
+    """Try the machine and port of the store.
 
     Raises:
         OSError: if there is no answer.
@@ -277,15 +280,31 @@ def require_store() -> None:
     socket.create_connection(place, _PROBE_SECONDS).close()
 
 
-def connect(timeout_seconds: float) -> dist.TCPStore:
+def connect(timeout_seconds: float, *, patience_seconds: float = 0.0) -> dist.TCPStore:
     """A separate connection to torchrun's store, for a thread or before there is a process group.
 
+    The store is tried first: torch would print each attempt that fails.
+
+    Args:
+        timeout_seconds: how long each later question to the store may take.
+        patience_seconds: how long to try again, as over a link that is cut for a while.
+
     Raises:
-        RuntimeError: if there is no answer.
+        OSError: if there is no answer.
+        RuntimeError: if what answers is no store.
         KeyError: if torchrun has not started this process.
     """
     import torch.distributed as dist
 
+    deadline = time.monotonic() + patience_seconds
+    while True:
+        try:
+            require_store()
+            break
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(_PROBE_AGAIN_SECONDS)
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     limit = datetime.timedelta(seconds=timeout_seconds)
     return dist.TCPStore(address, port, is_master=False, timeout=limit)

@@ -22,7 +22,7 @@ from falcon_qlora.common.errors import (
     panics_as_errors,
 )
 from falcon_qlora.processes import lookout, meeting
-from falcon_qlora.processes.agreement import PeerError, connect, met_by_all, require_store
+from falcon_qlora.processes.agreement import PeerError, connect, met_by_all
 from falcon_qlora.processes.ranks import (
     is_main_process,
     local_process_index,
@@ -141,7 +141,6 @@ def report(message: str | None, status: int = EXIT_BUG) -> None:
     store = None
     if world_size() > 1:
         with contextlib.suppress(RuntimeError, KeyError, OSError):
-            require_store()
             store = connect(_REPORT_LIMIT.total_seconds())
     # On another node nobody else could say it either.
     speaks = is_main_process() or (node_index() > 0 and local_process_index() == 0)

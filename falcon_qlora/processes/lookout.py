@@ -128,7 +128,6 @@ class _Lookout:
     def _connected(self) -> Any:
         import torch.distributed as dist
 
-        agreement.require_store()
         return dist.PrefixStore(self._name, agreement.connect(_STORE_SECONDS))
 
     def _watch(self) -> None:

@@ -228,7 +228,6 @@ def _shared_store(wait: _Wait, store_seconds: float) -> dist.TCPStore:
         return dist.TCPStore(address, port, is_master=True, timeout=limit, wait_for_workers=False)
     while True:
         try:
-            agreement.require_store()
             return agreement.connect(store_seconds)
         except OSError:
             pass

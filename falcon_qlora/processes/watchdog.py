@@ -192,8 +192,6 @@ def tell(place: tuple[int, int, str], stack: str, still: float, *, record: Path 
         _print(describe({0: mine}, 1, still), where)
         return
     prefix = f"falcon_qlora/hang/{ranks.restart_count()}"
-    if lookout.watches():
-        agreement.require_store()
     store = agreement.connect(timeout_seconds=10 * _ANSWER_SECONDS)
     store.set(f"{prefix}/{ranks.process_index()}", mine)
     if store.add(prefix, 1) == 1:

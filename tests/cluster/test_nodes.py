@@ -194,6 +194,23 @@ def test_a_link_that_is_cut_for_a_while_is_survived(nodes: Nodes) -> None:
     assert [(status, errors) for status, _, errors in ended(processes).values()] == [(0, ""), (0, "")]
 
 
+def test_word_of_a_save_is_left_without_noise_when_the_link_is_back(nodes: Nodes) -> None:
+    def rank(index: int) -> subprocess.Popen[str]:
+        place = {"MASTER_ADDR": "node1", "MASTER_PORT": "29555", "WORLD_SIZE": "2", "RANK": str(index)}
+        return nodes.start(index + 1, "tests.cluster.leaves_word", **place)
+
+    processes = {1: rank(0)}
+    assert processes[1].stdout is not None
+    assert processes[1].stdout.readline() == "ready\n"
+    nodes.cut(2)
+    processes[2] = rank(1)
+    time.sleep(12)  # in which torch is imported, and the network says that there is no way
+    assert processes[2].poll() is None
+    nodes.cut(2, off=False)
+    words = "['of rank 0', 'of rank 1']\n"
+    assert ended(processes) == {1: (0, words, ""), 2: (0, "", "")}
+
+
 @pytest.mark.parametrize("asked", [1, 2])
 def test_a_signal_to_one_node_stops_and_saves_both_and_the_same_command_goes_on(
     nodes: Nodes, asked: int
