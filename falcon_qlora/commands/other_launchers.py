@@ -7,15 +7,13 @@ channel is the store of torchrun's agents, at the endpoint where they meet.
 from __future__ import annotations
 
 import contextlib
-import datetime
-import socket
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from falcon_qlora.processes import launcher
+from falcon_qlora.processes import agreement, launcher
 
 _LOOK_SECONDS = 1.0
 _STORE_SECONDS = 5.0
@@ -74,10 +72,5 @@ def _key(launch_config: Any) -> str:
 
 
 def _store(launch_config: Any) -> Any:
-    from torch.distributed import TCPStore
-
     host, _, port = launch_config.rdzv_endpoint.rpartition(":")
-    socket.create_connection(
-        (host.strip("[]"), int(port)), _STORE_SECONDS
-    ).close()  # torch would try for long
-    return TCPStore(host, int(port), is_master=False, timeout=datetime.timedelta(seconds=_STORE_SECONDS))
+    return agreement.connect(_STORE_SECONDS, place=(host.strip("[]"), int(port)))

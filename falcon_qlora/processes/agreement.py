@@ -270,23 +270,25 @@ def _checksums(tensor: torch.Tensor) -> torch.Tensor:
     return torch.stack(sums)
 
 
-def require_store() -> None:
-    """Try the machine and port of the store.
+def require_store(place: tuple[str, int] | None = None) -> None:
+    """Try the machine and port of a store; None: those of the ranks' store.
 
     Raises:
         OSError: if there is no answer.
     """
-    place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    socket.create_connection(place, _PROBE_SECONDS).close()
+    socket.create_connection(place or _place(), _PROBE_SECONDS).close()
 
 
-def connect(timeout_seconds: float, *, patience_seconds: float = 0.0) -> dist.TCPStore:
-    """A separate connection to torchrun's store, for a thread or before there is a process group.
+def connect(
+    timeout_seconds: float, *, place: tuple[str, int] | None = None, patience_seconds: float = 0.0
+) -> dist.TCPStore:
+    """A separate connection to a store, for a thread or before there is a process group.
 
-    The store is tried first: torch would print each attempt that fails.
+    The store is tried first: torch would try for long, and print each attempt that fails.
 
     Args:
         timeout_seconds: how long each later question to the store may take.
+        place: its machine and port; None: those of the ranks' store.
         patience_seconds: how long to try again, as over a link that is cut for a while.
 
     Raises:
@@ -299,12 +301,15 @@ def connect(timeout_seconds: float, *, patience_seconds: float = 0.0) -> dist.TC
     deadline = time.monotonic() + patience_seconds
     while True:
         try:
-            require_store()
+            require_store(place)
             break
         except OSError:
             if time.monotonic() > deadline:
                 raise
             time.sleep(_PROBE_AGAIN_SECONDS)
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     limit = datetime.timedelta(seconds=timeout_seconds)
-    return dist.TCPStore(address, port, is_master=False, timeout=limit)
+    return dist.TCPStore(*(place or _place()), is_master=False, timeout=limit)
+
+
+def _place() -> tuple[str, int]:
+    return os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
