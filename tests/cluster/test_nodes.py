@@ -77,6 +77,13 @@ def at_step(process: subprocess.Popen[str], step: int) -> None:
     assert any(found is not None and int(found[1]) >= step for found in told)
 
 
+def start_with(process: subprocess.Popen[str], ranks: int) -> str:
+    """Wait until a run has begun, or gone on, with so many ranks; what it tells of its steps."""
+    assert process.stdout is not None
+    assert any(f" devices    CPU, {ranks} process" in line for line in process.stdout)
+    return next(line for line in process.stdout if line.startswith("  steps "))
+
+
 def errors_of(ends: Ended) -> list[str]:
     """What was told, the same on each node."""
     told = {errors for _, _, errors in ends.values()}
@@ -319,16 +326,16 @@ def test_a_node_that_is_lost_comes_back(nodes: Nodes) -> None:
     words = ["--nnodes", "1:2", "--max_restarts", "3", "--rdzv_id", "job", "--rdzv_conf", quick, *SETTINGS]
     words += ["--steps", "4000", "--output_dir", run]
     processes = {node: nodes.train(node, *words) for node in (1, 2)}
+    start_with(processes[1], 2)  # on a busy machine node1 may begin alone
     at_step(processes[1], 3)
     nodes.kill(2)
-    told = processes[1].stdout
-    assert told is not None
-    alone = next(line for line in told if "going on from step" in line)
-    assert "4 × 64 tokens a step" in alone  # the global batch of two ranks
+    alone = start_with(processes[1], 1)
     processes[2].wait()
     processes[2] = nodes.train(2, *words)
-    together = next(line for line in told if "going on from step" in line)
-    assert "4 × 64 tokens a step" in together
+    together = start_with(processes[1], 2)
+    for steps in (alone, together):
+        assert "4 × 64 tokens a step" in steps  # the global batch of two ranks
+        assert "going on from step" in steps
     at_step(processes[1], 1)
     processes[2].terminate()
     ends = ended(processes)
