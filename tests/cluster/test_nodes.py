@@ -322,7 +322,7 @@ def test_a_run_by_url_goes_on_on_other_nodes(nodes: Nodes) -> None:
 
 def test_a_node_that_is_lost_comes_back(nodes: Nodes) -> None:
     run = str(nodes.folder / "elastic")
-    quick = "last_call_timeout=2,keep_alive_interval=1"
+    quick = "last_call_timeout=2,keep_alive_interval=2"
     words = ["--nnodes", "1:2", "--max_restarts", "3", "--rdzv_id", "job", "--rdzv_conf", quick, *SETTINGS]
     words += ["--steps", "4000", "--output_dir", run]
     processes = {node: nodes.train(node, *words) for node in (1, 2)}
