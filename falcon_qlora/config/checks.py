@@ -144,7 +144,7 @@ def _faults(values: Values, where: dict[str, str], trains: bool) -> Iterator[str
             yield f"{name('compute_dtype')}: {excluded}"
         if values["offload_base"] and trains:
             yield from _offloading_faults(values, name, method)
-    if values["adapter_sha256"] and not values["adapter"]:
+    if trains and values["adapter_sha256"] and not values["adapter"]:
         yield f"{name('adapter_sha256')} is the hash of an adapter's weights: give --adapter too"
     if values["resume"] and values["overwrite"]:
         yield "--resume goes on with a run and --overwrite replaces it; give one of them"

@@ -189,6 +189,8 @@ def test_two_runs_of_a_step_are_one_of_two(tmp_path: Path, method: dict[str, Any
         assert torch.allclose(weights[1][key], tensor, atol=1e-6), key
     first = load_file(both / "checkpoints" / "step-1" / "adapter_model.safetensors")
     assert max((first[key] - tensor).abs().max() for key, tensor in weights[0].items()) > 1e-4
+    if method.get("method", "lora") == "lora":
+        assert cli.main(["merge", "--adapter", str(second), "--out", str(tmp_path / "merge")]) == 0
 
 
 @pytest.mark.parametrize(
