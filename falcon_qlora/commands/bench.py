@@ -135,11 +135,14 @@ def _look_at_rows(configuration: Configuration) -> None:
 
 
 def status_of(failures: Sequence[str | None]) -> int:
-    """The exit status for rows that failed for these reasons; also prints how many broke."""
+    """The exit status for rows that failed for these reasons; also prints how many broke, or that all did."""
     broken = sum((failure or "").startswith("failed:") for failure in failures)
+    nothing = bool(failures) and all(failures)
     if broken:
         say(f"{counted(broken, 'row')} failed; see the table")
-    return 1 if broken else 0
+    elif nothing:
+        say("nothing was measured; the table says why")
+    return 1 if broken or nothing else 0
 
 
 def _lora(configuration: Configuration) -> Lora:
@@ -187,14 +190,15 @@ def _bench(
     if device.type == "cuda":
         torch.cuda.set_device(device)
     settings = Settings(r=lora.r, alpha=lora.alpha, max_length=length, seed=configuration.run.seed)
+    # All are looked up before the first is measured.
+    planned = {model: _rows(configuration, model, variants, sizes, pace) for model in models}
     # SIGTERM from a time limit ends like Ctrl-C: the table is still printed.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     log = GpuLog(device)
     results: list[Result] = []
     ceilings: dict[tuple[str, str], float | None] = {}
     try:
-        for model in models:
-            rows = _rows(configuration, model, variants, sizes, pace)
+        for model, rows in planned.items():
             bench = Bench(model, rows, settings=settings, pace=pace, device=device, log=log)
             for dtype in {variant.compute_dtype for variant in variants}:
                 ceiling = product_ceiling(device, bench.config.hidden_size, sizes[0], dtype)
@@ -230,7 +234,15 @@ def _rows(
     from falcon_qlora.training import rows
 
     length, seed = configuration.data.max_length, configuration.run.seed
-    config = open_checkpoint(model).config
+    checkpoint = open_checkpoint(model)
+    config, stored = checkpoint.config, checkpoint.scheme
+    others = [variant.name for variant in variants if stored and variant.quantize_mode != stored.mode]
+    if stored and others:
+        own = ", ".join(name for name in ("ours", "ours-8bit") if VARIANTS[name].quantize_mode == stored.mode)
+        raise UserError(
+            f"--variants {','.join(others)}: {model} is stored in {stored.mode}; "
+            f"measure variants of that, such as {own}"
+        )
     row = functools.partial(Result, model=model, parameters=layout_of(config).parameter_count())
     made = []
     if "dataset_name" in configuration.explicit:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +23,7 @@ from falcon_qlora.bench.variants import VARIANTS
 from falcon_qlora.models.layouts import layout_of
 from falcon_qlora.models.load import load_model
 from falcon_qlora.models.locate import open_checkpoint
+from falcon_qlora.models.tiny import tiny_path
 from falcon_qlora.terminal.charts import draw_speed_and_memory
 from tests.layouts import LAYOUTS, VOCABULARY
 
@@ -189,6 +191,24 @@ def test_a_file_that_cannot_be_written_is_told_before_anything_else(
     assert [*tmp_path.iterdir()] == [file]
 
 
+def test_all_models_are_looked_up_before_the_first_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--models", "tiny,nobody/nothing", "--variants", "ours", *SHORT]) == 2
+    told = capsys.readouterr()
+    assert "nobody/nothing" in told.err
+    assert "tiny" not in told.err + told.out
+
+
+def test_variants_of_another_storage_than_the_models_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = json.loads((tiny_path() / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert main(["bench", "--models", str(tmp_path), "--variants", "ours,ours-8bit,reference", *SHORT]) == 2
+    told = f"--variants ours,reference: {tmp_path} is stored in 8bit; measure variants of that, such as ours-8"
+    assert told in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_what_a_model_cannot_do_is_not_broken_and_what_breaks_is(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -210,3 +230,7 @@ def test_what_a_model_cannot_do_is_not_broken_and_what_breaks_is(
     assert status == 1
     assert "| reference | 4bit | 48 | not run: failed: ValueError: a bug |" in table
     assert told.endswith("- 1 row failed; see the table\n")
+
+    status, table, told = bench("ours-selective")
+    assert status == 1
+    assert told.endswith("- nothing was measured; the table says why\n")
