@@ -12,7 +12,7 @@ from falcon_qlora.common.quantities import counted
 from falcon_qlora.common.settings import setting
 from falcon_qlora.config import Configuration, parse
 from falcon_qlora.processes.watchdog import end_native_code_after
-from falcon_qlora.terminal.console import console
+from falcon_qlora.terminal.console import aside, console
 from falcon_qlora.terminal.library_logging import quiet_libraries
 from falcon_qlora.terminal.output import say_loading
 
@@ -50,7 +50,8 @@ def main(argv: list[str]) -> int:
     from falcon_qlora.training import start_adapter
     from falcon_qlora.training.rows import load_tokenizer
 
-    start_adapter.adopt(configuration)
+    with aside():
+        start_adapter.adopt(configuration)
     tokenizer = load_tokenizer(configuration.model, configuration.method)
     look = _look_at_stream if configuration.data.streaming else _look_at_corpora
     documents, told, lengths, name = look(configuration, tokenizer)

@@ -84,9 +84,11 @@ def main(argv: list[str]) -> int:
 
         return estimate_table.show(configuration, card)
     from falcon_qlora.models.locate import find_outline_here
+    from falcon_qlora.terminal.console import aside
     from falcon_qlora.training import start_adapter
 
-    start_adapter.adopt(configuration, find=find_outline_here)
+    with aside():
+        start_adapter.adopt(configuration, find=find_outline_here)
     base = configuration.model
     config = find_outline_here(base.model_name_or_path, revision=base.model_revision)
     rows, problem = _rows(configuration)

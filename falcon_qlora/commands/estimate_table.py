@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from falcon_qlora.common.errors import UserError
+from falcon_qlora.common.errors import UserError, printable
 from falcon_qlora.config import Configuration
 from falcon_qlora.methods.interface import Method
 from falcon_qlora.methods.table import METHODS
@@ -59,14 +60,20 @@ def show(configuration: Configuration, card: Card | None) -> int:
     """
     wanted = configuration.extra
     cards = list(CARDS.values()) if card is None else [card]
-    rows = list(_rows(configuration, cards))
+    left_out: dict[str, list[str]] = {}
+    rows = list(_rows(configuration, cards, left_out))
+    for why, of in left_out.items():
+        if not rows:
+            raise UserError(why)
+        print(printable(f"note: left out: {', '.join(of)}: {why}"), file=sys.stderr)
     if wanted.plot is not None:
         _draw(rows, cards, Path(wanted.plot))
     print(json.dumps(_record(rows), indent=2) if wanted.json else markdown(configuration, rows, cards))
     return 0
 
 
-def _rows(configuration: Configuration, cards: list[Card]) -> Iterator[Row]:
+def _rows(configuration: Configuration, cards: list[Card], left_out: dict[str, list[str]]) -> Iterator[Row]:
+    """The rows; `left_out` gets those that cannot be, by the reason."""
     from falcon_qlora.models.locate import find_outline_here
 
     named = configuration.explicit
@@ -88,7 +95,9 @@ def _rows(configuration: Configuration, cards: list[Card]) -> Iterator[Row]:
                 settings = dataclasses.replace(configuration, model=changed, method=method)
                 try:
                     estimator = Estimator(settings, config, processes=configuration.extra.gpus)
-                except UserError:  # Falcon-H1 has no Adapter
+                except UserError as error:  # Falcon-H1 has no Adapter
+                    name, of = model.removeprefix("random:"), left_out.setdefault(str(error), [])
+                    of += [name] * (name not in of)
                     continue
                 able = [card for card in cards if estimator.why_not_on(card) is None]
                 on = {card.name: as_trained(estimator, card) for card in able}

@@ -25,10 +25,11 @@ def main(argv: list[str]) -> int:
         quiet_libraries()
     from falcon_qlora.models.layouts import layout_of
     from falcon_qlora.models.locate import find_outline
-    from falcon_qlora.terminal.console import console, print_plain
+    from falcon_qlora.terminal.console import aside, console, print_plain
     from falcon_qlora.training import start_adapter
 
-    start_adapter.adopt(configuration)
+    with aside():
+        start_adapter.adopt(configuration)
     settings, method = configuration.model, configuration.method
     config = find_outline(settings.model_name_or_path, revision=settings.model_revision)
     layout, groups = layout_of(config), method.parameter_groups(config)

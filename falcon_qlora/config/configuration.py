@@ -184,7 +184,8 @@ def read_flags(
     unused = VERBS[verb].unused(given, (each.name for arguments in own for each in settings_of(arguments)))
     if unused:
         told = ", ".join(f"--{name}" for name in unused)
-        print(f"note: falcon-qlora {verb} does not use {told}", file=sys.stderr)
+        manner = VERBS[verb].manner(given, unused)
+        print(f"note: falcon-qlora {verb}{manner} does not use {told}", file=sys.stderr)
     launch = {each.name for each in settings_of(LaunchArguments)}.intersection(unused)
     return {name: value for name, value in given.items() if name not in launch}
 

@@ -31,6 +31,7 @@ _ORDER = frozenset("packing padding train_sampling_strategy streaming".split()) 
 _ROWS = _names(DataArguments) - _ORDER | {"hang_minutes"}
 _QUANTIZING = frozenset("quantize_mode double_quantization compute_dtype device output_dir overwrite".split())
 _NEW_TOKENS = frozenset({"method", "new_tokens"})
+_LENGTH = frozenset("max_steps num_train_epochs streaming resume".split())
 # A bench of whole commands sets these itself, or they would make its figures another recipe's.
 BENCH_SETS = frozenset(
     "recipe compute_dtype per_device_train_batch_size global_batch_size gradient_accumulation_steps "
@@ -74,6 +75,14 @@ class Verb:
         if self.only_with is not None and self.only_with[0] not in given:
             uses -= self.only_with[1]
         return sorted(given - set(own) - uses)
+
+    def manner(self, given: Iterable[str], unused: Iterable[str]) -> str:
+        """Words for the manner of the command in which these settings are unused; empty if it has one."""
+        if self.uses_with is not None and self.uses_with[0] in set(given):
+            return f" with --{self.uses_with[0]}"
+        if self.only_with is not None and self.only_with[0] not in set(given):
+            return f" without --{self.only_with[0]}" if self.only_with[1].intersection(unused) else ""
+        return ""
 
 
 _NOT_COMPARED = {
@@ -138,6 +147,7 @@ VERBS: Mapping[str, Verb] = {
             name="estimate",
             summary="say what a training would take: memory, whether a card holds it, tokens/s, hours",
             uses=_all,
+            uses_with=("table", lambda: _all() - (_ROWS - {"max_length", "hang_minutes"}) - _START - _LENGTH),
             more="It needs no GPU, no network and no weights; all figures are estimates.",
             examples=(f"{_SAMPLE} --gpu 3090", "-m random:falcon-7b --max_steps 100", "--table --gpu 24GiB"),
         ),

@@ -62,6 +62,17 @@ def note(message: str) -> None:
     _say(f"note: {message}", style="yellow")
 
 
+@contextmanager
+def aside() -> Iterator[None]:
+    """Within the block, print on standard error: a command's results go to standard output."""
+    out = console()
+    before, out.stderr = out.stderr, True
+    try:
+        yield
+    finally:
+        out.stderr = before
+
+
 def say_doing(message: str) -> None:
     """Print what begins now."""
     _say(f"{message} …", style="dim")

@@ -339,7 +339,7 @@ def test_tokenizer_generation_config_and_template_come_along(
     (base / "chat_template.jinja").write_text("{{ messages }}")
     (base / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 5], "temperature": 0.5}))
     assert prepare("-m", base, "--output_dir", tmp_path / "out", "--dataset_name", "no such rows") == 0
-    assert "does not use --dataset_name" in capsys.readouterr().err
+    assert "prepare with --output_dir does not use --dataset_name" in capsys.readouterr().err
     for name in ("chat_template.jinja", "tokenizer.json"):
         assert (tmp_path / "out" / name).read_bytes() == (base / name).read_bytes()
     assert json.loads((tmp_path / "out/generation_config.json").read_text())["eos_token_id"] == [0, 5]
@@ -366,7 +366,7 @@ def test_inspect_knows_it(folder: Path, tmp_path: Path, capsys: pytest.CaptureFi
 def test_what_quantizes_needs_the_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["-m", "tiny", "--dataset_name", "sample", "--max_rows", "20", "--cache_dir", tmp_path]
     assert prepare(*words, "-q", "8bit") == 0
-    assert "prepare does not use --quantize_mode" in capsys.readouterr().err
+    assert "prepare without --output_dir does not use --quantize_mode" in capsys.readouterr().err
 
 
 def test_made_up_weights_are_prepared_by_their_name(

@@ -205,7 +205,9 @@ def test_variants_of_another_storage_than_the_models_are_refused(
     config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_8bit": True}
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert main(["bench", "--models", str(tmp_path), "--variants", "ours,ours-8bit,reference", *SHORT]) == 2
-    told = f"--variants ours,reference: {tmp_path} is stored in 8bit; measure variants of that, such as ours-8"
+    told = (
+        f"--variants ours,reference: {tmp_path} is stored in 8bit; measure variants of that, such as ours-8"
+    )
     assert told in capsys.readouterr().err
 
 

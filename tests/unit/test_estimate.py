@@ -28,6 +28,7 @@ from falcon_qlora.models.load import load_model
 from falcon_qlora.models.locate import find_config, find_outline_here
 from falcon_qlora.terminal.console import console
 from falcon_qlora.training.cards import CARDS, card_named, card_of
+from falcon_qlora.training import start_adapter
 from falcon_qlora.training.estimate import Estimator, why_reference
 from tests.layouts import FALCON_H1, FAMILIES
 
@@ -432,6 +433,36 @@ def test_a_table_has_what_is_named(capsys: pytest.CaptureFixture[str], tmp_path:
     told = json.loads(capsys.readouterr().out)
     assert {each["model"] for each in told} >= {"random:falcon-40b", "random:falcon-h1-34b"}
     assert {each["fits"] for each in told} == {True, False}
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "told"),
+    [
+        (
+            "-m random:falcon-h1-7b --method adapter",
+            2,
+            "error: --method adapter does not train a Falcon-H1: ",
+        ),
+        (
+            "-m random:falcon3-7b --method lora --lora_target_modules nope",
+            2,
+            "error: --lora_target_modules: the blocks have no linear 'nope'.",
+        ),
+        ("-q 4bit --method adapter", 0, "note: left out: falcon-h1-0.5b, falcon-h1-1.5b-deep, "),
+        (
+            "-m tiny -q 4bit --adapter runs/x --dataset_name rows.jsonl --max_steps 5",
+            0,
+            "note: falcon-qlora estimate with --table does not use --adapter, --dataset_name, --max_steps\n",
+        ),
+    ],
+)
+def test_a_table_says_what_it_leaves_out(
+    words: str, status: int, told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["estimate", "--table", "--gpu", "4090", *words.split()]) == status
+    out, errors = capsys.readouterr()
+    assert errors.startswith(told)
+    assert ("| model |" in out) == (status == 0)
 
 
 def test_a_plot_needs_a_table(capsys: pytest.CaptureFixture[str]) -> None:

@@ -86,7 +86,7 @@ def test_the_page_of_train_describes_every_recipe(capsys: pytest.CaptureFixture[
         ("params -m tiny --recipe lit-lora --lora_r 4", ""),
         (
             "bench --list_variants --gpus 1 -b 4 --warmup 2",
-            "note: falcon-qlora bench does not use --per_device_train_batch_size\n",
+            "note: falcon-qlora bench with --gpus does not use --per_device_train_batch_size\n",
         ),
         (
             "bench --list_variants -b 4 --kernels off --lora_r 2",
