@@ -60,6 +60,8 @@ _OWN = ("methods", "recipes", "learning_rates", "seeds", "output_dir", "overwrit
 def main(argv: list[str]) -> int:
     """Run the command and return its exit status; after a stop that of `train`: 75 if the run was saved."""
     folders = list(itertools.takewhile(lambda word: not word.startswith("-"), argv))
+    if "" in folders:
+        raise UserError("a folder to compare has an empty name")
     given = config.read_flags(argv[len(folders) :], verb="compare", extra_arguments=CompareArguments)
     return _side_by_side([Path(folder) for folder in folders], given) if folders else _train_all(given)
 

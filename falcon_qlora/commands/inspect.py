@@ -41,7 +41,9 @@ def main(argv: list[str]) -> int:
         return 0
     as_markdown = "--markdown" in argv
     argv = [word for word in argv if word != "--markdown"]
-    if len(argv) != 1 or argv[0].startswith("-"):
+    if unknown := [word for word in argv if word.startswith("-")]:
+        raise UserError(f"unknown flag {unknown[0]}: inspect takes --markdown alone")
+    if len(argv) != 1 or not argv[0]:
         raise UserError("name one folder: falcon-qlora inspect DIR [--markdown]")
 
     folder = opened(argv[0], "inspect", whole=True) if is_address(argv[0]) else Path(argv[0])

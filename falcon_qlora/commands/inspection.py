@@ -142,14 +142,15 @@ def _run(run: RunDirectory) -> Inspection:
         found.add("data", ", ".join(counts))
         found.add("data's hash", data.get("fingerprint"))
     if run.summary_file.is_file():
-        summary = found.attempt(lambda: run.read("summary")) or {}
+        recorded = found.attempt(lambda: run.read("summary"))
+        summary = recorded or {}
         losses = [_text(summary.get(name)) for name in ("first_loss", "final_loss")]
         if summary.get("first_loss") is not None:  # none was logged in a run shorter than --logging_steps
             summary["loss"] = " → ".join(losses)
         found.tell(summary, {"steps": "steps", "loss": "loss", "best_eval_loss": "best held out"})
         if is_count(tokens := summary.get("micro_batch_tokens"), least=1):
             found.add("micro-batches", f"{tokens:,} tokens ({_text(summary.get('micro_batch_reason'))})")
-        found.checks = _checks(summary.get("checks"))
+        found.checks = None if recorded is None else _checks(summary.get("checks"))
         if not run.adapter.is_dir():
             found.faults.append(f"{run.adapter} is missing, though the run was finished")
     else:

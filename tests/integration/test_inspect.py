@@ -277,11 +277,25 @@ def test_files_that_differ_from_a_manifest(copy, capsys):
     assert "manifest.json is missing" in inspect(folder, capsys)[1]
 
 
+def test_nothing_is_said_of_the_checks_where_their_record_is_damaged(copy, capsys):
+    (copy / "run/summary.json").write_text("{")
+    told = inspect(copy / "run", capsys)[1]
+    assert "summary.json is not valid JSON" in told
+    assert "not recorded" not in told
+
+
 def test_folders_that_are_none_of_these(tmp_path, capsys):
     assert inspect(tmp_path, capsys)[0] == 2
     assert inspect(tmp_path / "none", capsys)[0] == 2
-    assert cli.main(["inspect"]) == 2
     assert cli.main(["inspect", "--help"]) == 0
+    capsys.readouterr()
+    for words in ([], [""], [str(tmp_path), ""]):
+        assert cli.main(["inspect", *words]) == 2
+        assert capsys.readouterr().err.startswith("error: name one folder: ")
+    assert cli.main(["inspect", str(tmp_path), "--makrdown"]) == 2
+    assert capsys.readouterr().err == "error: unknown flag --makrdown: inspect takes --markdown alone\n"
+    assert cli.main(["compare", "", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == "error: a folder to compare has an empty name\n"
 
 
 def test_as_a_user_runs_it(whole):

@@ -28,7 +28,6 @@ from falcon_qlora.models.load import load_model
 from falcon_qlora.models.locate import find_config, find_outline_here
 from falcon_qlora.terminal.console import console
 from falcon_qlora.training.cards import CARDS, card_named, card_of
-from falcon_qlora.training import start_adapter
 from falcon_qlora.training.estimate import Estimator, why_reference
 from tests.layouts import FALCON_H1, FAMILIES
 
