@@ -101,6 +101,9 @@ def source_of(
                     note_aside(f"the {what} is {path}, which {folder} names")
         if not whole:
             _say_whether_other(record, folder, base, settings.model_revision)
+            trained = record.get("quantize_mode")
+            if trained not in (None, mode) and explicit.get("quantize_mode") != "flag":
+                note_aside(f"{base} is stored in {mode}, and the adapter was trained on {trained}")
     if not whole:
         look_at_model(base)
         if folder is not None:

@@ -107,8 +107,14 @@ def test_an_adapter_of_either_opens_on_both_without_a_word(runs: Path, mode: str
                 assert result.returncode == 0, result.stderr
                 assert "another base" not in result.stderr + result.stdout
                 assert "cannot be checked" not in result.stderr + result.stdout
+                assert "adapter was trained on" not in result.stderr
                 told[verb].add(result.stdout)
     assert [len(each) for each in told.values()] == [1, 1]  # word for word, number for number
+    other = next(each for each in MODES if each != mode)
+    result = command("eval", "--adapter", runs / f"on-{mode}", "-m", runs / other, "--most_tokens", "200")
+    assert result.returncode == 0
+    note = f"note: {runs / other} is stored in {other}, and the adapter was trained on {mode}\n"
+    assert result.stderr.count(note) == 1
 
 
 @pytest.mark.slow
