@@ -75,7 +75,7 @@ class BenchArguments:
         "even", "With --gpus and made-up rows: documents of --max_length tokens, or uneven as guanaco's."
     )
     minutes: float | None = setting(
-        None, "Begin no further round of a model, with --gpus no further row, after this long."
+        None, "Begin no further round of a model, with --gpus no further row, after this long.", least=0
     )
     csv: str | None = setting(None, "Append a row a variant to this CSV.")
     plot: str | None = setting(
@@ -196,6 +196,7 @@ def _bench(
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     log = GpuLog(device)
     results: list[Result] = []
+    failed: UserError | None = None
     ceilings: dict[tuple[str, str], float | None] = {}
     try:
         for model, rows in planned.items():
@@ -209,6 +210,10 @@ def _bench(
             results += bench.run()
             if bench.interrupted:
                 break
+    except UserError as error:  # of a later model; what was measured is kept
+        if not results:
+            raise
+        failed = error
     finally:
         log.close()
     machine = Machine.of(collect_environment(), wanted.commit)
@@ -219,6 +224,8 @@ def _bench(
     if wanted.plot:
         title = f"{machine.gpu}, {length}-token documents"
         draw_speed_and_memory(speed_over_memory(made), Path(wanted.plot), title=title)
+    if failed is not None:
+        raise failed
     status = status_of([result.failure for result in results])
     return 130 if bench.interrupted else status
 

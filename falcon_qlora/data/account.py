@@ -17,8 +17,8 @@ _OTHERS = "(others)"
 _SHOWN = 40
 # What else becomes of rows, by the fields of `corpus.Statistics`.
 CHANGED = {
-    "rows_truncated": "truncated",
-    "rows_split": "split",
+    "rows_truncated": "rows truncated",
+    "rows_split": "rows split",
     "documents_dropped_masked": "pieces of split rows dropped (no answer token in them)",
 }
 
@@ -182,7 +182,8 @@ def told_dropped(accounts: Iterable[Account]) -> list[str]:
 
 def told_changed(counts: Mapping[str, int]) -> list[str]:
     """How many rows became something else, by `CHANGED`."""
-    return [f"{counts[name]:,} {what}" for name, what in CHANGED.items() if counts.get(name)]
+    words = {name: (re.sub(r"s\b", "", what, count=1), what) for name, what in CHANGED.items()}
+    return [f"{counts[name]:,} {words[name][counts[name] > 1]}" for name in CHANGED if counts.get(name)]
 
 
 def nothing_left(

@@ -229,7 +229,7 @@ def divergence(first: Predictions, second: Predictions) -> dict[str, float]:
     for rows in _chunks(first):
         ours = nn.functional.log_softmax(_logits(first, rows), dim=-1)
         theirs = nn.functional.log_softmax(_logits(second, rows), dim=-1)
-        kls.append((ours.exp() * (ours - theirs)).sum(-1))
+        kls.append((ours.exp() * (ours - theirs)).sum(-1).clamp(min=0))  # rounding goes below
         same.append(ours.argmax(-1) == theirs.argmax(-1))
     kl = torch.cat(kls).double()
     return {

@@ -118,7 +118,7 @@ def test_one_rank_in_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
     falcon_qlora.train(**settings)
     told = capsys.readouterr().out
     assert "dry run: passed on 1 rank" in told
-    assert "data       21 documents, 977 tokens · 9 split · 8 pieces of split rows dropped" in told
+    assert "data       21 documents, 977 tokens · 9 rows split · 8 pieces of split rows dropped" in told
     assert "20 steps in all" in told
     assert "note: the rows make" not in told
     with pytest.raises(UserError, match="leave out --resume"):
