@@ -52,7 +52,10 @@ def main(argv: list[str] | None = None) -> int:
 def _main(words: list[str], *, is_command: bool) -> int:
     try:
         with panics_as_errors():
-            return _run(words, is_command=is_command)
+            status = _run(words, is_command=is_command)
+            with contextlib.suppress(BrokenPipeError):  # whose reader had what it wanted
+                sys.stdout.flush()
+            return status
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
@@ -63,9 +66,7 @@ def _main(words: list[str], *, is_command: bool) -> int:
         print(f"error: {asked}", file=sys.stderr)
         return 128 + asked.number
     except BrokenPipeError:
-        # The reader of the output is gone; closing stderr keeps Python from reporting that at exit.
-        sys.stderr.close()
-        return EXIT_BUG
+        return EXIT_BUG  # the reader of the output is gone
     except Exception as error:
         print(message_of(error) or traceback.format_exc().rstrip(), file=sys.stderr)
         return EXIT_BUG

@@ -148,8 +148,14 @@ class _Printer:
 
 def _prompts(wanted: GenerateArguments) -> list[str] | None:
     """The prompts from the flags; None if they come from standard input or a chat."""
+    if wanted.prompt:
+        return [_as_text(prompt, "--prompt") for prompt in wanted.prompt]
     if not wanted.prompt_file:
-        return [_as_text(prompt, "--prompt") for prompt in wanted.prompt] if wanted.prompt else None
+        if sys.stdin is None:
+            raise UserError(
+                "there is no prompt: standard input is closed. Give --prompt TEXT, or --prompt_file FILE"
+            )
+        return None
     name = f"--prompt_file {wanted.prompt_file}"
     try:
         prompts = json.loads(read_text(Path(wanted.prompt_file), may_be_pipe=True))

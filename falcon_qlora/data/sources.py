@@ -357,7 +357,7 @@ def quiet_datasets() -> Iterator[None]:
     hub_logger = logging.getLogger("huggingface_hub")
     level, disabled = hub_logger.level, datasets.are_progress_bars_disabled()
     hub_logger.setLevel(logging.ERROR)
-    if not sys.stderr.isatty():
+    if sys.stderr is None or not sys.stderr.isatty():
         datasets.disable_progress_bars()
     try:
         yield

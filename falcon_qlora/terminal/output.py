@@ -57,13 +57,16 @@ class _Shown:
 
 @contextlib.contextmanager
 def shown_as_text() -> Iterator[None]:
-    """Within the block, standard output and error write every text, whatever it holds, as text."""
+    """Within the block, standard output and error write every text, whatever it holds, as text.
+
+    An error of standard output names it, and standard error drops what cannot be written.
+    """
     before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = _shown(below(sys.stdout)), _shown(below(sys.stderr))
+    sys.stdout, sys.stderr = _standard_output(drops=False), _standard_error()
     try:
         yield
     finally:
-        for stream in filter(None, (sys.stdout, sys.stderr)):
+        for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError):
                 stream.flush()
         sys.stdout, sys.stderr = before
@@ -77,11 +80,20 @@ def below(stream: TextIO) -> TextIO:
 
 
 def _shown(stream: TextIO) -> TextIO:
-    if stream is None:  # closed before Python began
-        return stream
     if isinstance(stream, io.TextIOWrapper) and stream.errors in _MAY_FAIL:
         stream.reconfigure(errors="backslashreplace")
     return cast(TextIO, _Shown(stream))
+
+
+class _Named(io.FileIO):
+    """Standard output, by whose name its errors go: of a full disk, it is not the run's."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            error.filename, error.strerror = "standard output", f"cannot be written ({error.strerror})"
+            raise
 
 
 class _Lossy(io.FileIO):
@@ -95,15 +107,38 @@ class _Lossy(io.FileIO):
         return memoryview(data).nbytes if written is None else written
 
 
+class _Standard(io.TextIOWrapper):
+    """Standard output or error, written to by one of the above."""
+
+
 def drop_what_cannot_be_written() -> None:
     """Have this process's standard output and error drop what cannot be written, instead of raising.
 
     They write what they are given as `shown_as_text` has it. Streams that replace them are left alone.
     """
-    if below(sys.stdout) is sys.__stdout__:
-        sys.stdout = _shown(_lossy(sys.__stdout__, 1))
-    if below(sys.stderr) is sys.__stderr__:
-        sys.stderr = _shown(_lossy(sys.__stderr__, 2))
+    sys.stdout, sys.stderr = _standard_output(drops=True), _standard_error()
+
+
+def _standard_output(*, drops: bool) -> TextIO:
+    return _shown(_over(below(sys.stdout), sys.__stdout__, 1, _Lossy if drops else _Named))
+
+
+def _standard_error() -> TextIO:
+    return _shown(_over(below(sys.stderr), sys.__stderr__, 2, _Lossy))
+
+
+def _over(stream: TextIO, own: TextIO | None, descriptor: int, kind: type[io.FileIO]) -> TextIO:
+    """What writes to `descriptor` in place of `stream`, if that is the process's `own` or of here."""
+    if stream is None:  # closed before Python began
+        return open(os.devnull, "w", encoding="utf-8")  # for as long as the process lives
+    if not isinstance(stream, io.TextIOWrapper) or not (stream is own or isinstance(stream, _Standard)):
+        return stream
+    return _Standard(
+        io.BufferedWriter(kind(descriptor, "w", closefd=False)),
+        encoding=stream.encoding,
+        errors=stream.errors,
+        line_buffering=stream.line_buffering or stream.write_through,
+    )
 
 
 def write_every_character() -> None:
@@ -116,15 +151,3 @@ def write_answer(text: str) -> None:
     stream = sys.stdout if sys.stdout.isatty() else below(sys.stdout)
     stream.write(text)
     stream.flush()
-
-
-def _lossy(stream: TextIO | None, descriptor: int) -> TextIO:
-    if stream is None:  # closed before Python began
-        return open(os.devnull, "w", encoding="utf-8")  # for as long as the process lives
-    assert isinstance(stream, io.TextIOWrapper)
-    return io.TextIOWrapper(
-        io.BufferedWriter(_Lossy(descriptor, "w", closefd=False)),
-        encoding=stream.encoding,
-        errors="backslashreplace" if stream.errors in _MAY_FAIL else stream.errors,
-        line_buffering=stream.line_buffering or stream.write_through,
-    )

@@ -1,8 +1,12 @@
-"""A run whose output cannot be written, on a full disk or as nobody reads it any more, trains on."""
+"""A run whose output cannot be written, on a full disk or as nobody reads it any more, trains on.
+
+Any other command says that its output is lost; of a stream that was closed before, none makes anything.
+"""
 
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -55,6 +59,53 @@ def test_a_process_goes_on_and_ends_well(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["full", "pipe"]
     whole = subprocess.run([*words, tmp_path / "whole"], capture_output=True, text=True)
     assert whole.stdout == whole.stderr == "x" * 100_000 + "\nleft in the buffer\n"
+
+
+FULL = "error: standard output: cannot be written (No space left on device)\n"
+NO_PROMPT = "error: there is no prompt: standard input is closed. Give --prompt TEXT, or --prompt_file FILE\n"
+TELLS = """
+import sys
+from falcon_qlora.terminal.output import say_loading, shown_as_text, write_answer
+with shown_as_text():
+    say_loading(aside=True)
+    write_answer("an answer")
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "streams", "status", "out", "told"),
+    [
+        (["-m", "falcon_qlora", "generate"], "<&-", 2, "", NO_PROMPT),
+        (["-m", "falcon_qlora", "generate", "--chat"], "<&-", 2, "", NO_PROMPT),
+        (["-m", "falcon_qlora", "--version"], ">/dev/full", 1, "", FULL),
+        (["-m", "falcon_qlora", "nothing"], "2>/dev/full", 2, "", ""),
+        (["-c", TELLS], ">&-", 0, "", "loading libraries …\n"),
+        (["-c", TELLS], "2>&-", 0, "an answer", ""),
+        (["-c", TELLS], "2>/dev/full", 0, "an answer", ""),
+    ],
+)
+def test_a_command_without_its_streams(
+    words: list[str], streams: str, status: int, out: str, told: str
+) -> None:
+    line = f"{shlex.join([sys.executable, *words])} {streams}"
+    ended = subprocess.run(line, shell=True, env=os.environ | ENVIRONMENT, capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (status, out, told)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "command", ["generate --prompt Hello --max_new_tokens 2", "eval --dataset_name rows.jsonl"]
+)
+@pytest.mark.parametrize("streams", ["<&- >&-", "2>&-", ">/dev/full"])
+def test_what_loads_a_model_without_its_streams(tmp_path: Path, command: str, streams: str) -> None:
+    write_jsonl(tmp_path / "rows.jsonl", TEXTS)
+    line = f"{sys.executable} -m falcon_qlora {command} -m tiny {streams}"
+    ended = subprocess.run(
+        line, shell=True, cwd=tmp_path, env=os.environ | ENVIRONMENT, capture_output=True, text=True
+    )
+    full = "full" in streams
+    assert (ended.returncode, ended.stderr.endswith(FULL)) == (int(full), full), ended.stderr
+    assert bool(ended.stdout) == (streams == "2>&-")
 
 
 @pytest.mark.slow
