@@ -55,6 +55,7 @@ def main(argv: list[str]) -> int:
     tokenizer = load_tokenizer(configuration.model, configuration.method)
     look = _look_at_stream if configuration.data.streaming else _look_at_corpora
     documents, told, lengths, name = look(configuration, tokenizer)
+    told += _told_beyond_positions(configuration)
     out = console()
     out.print(report.preview(documents, tokenizer, color=out.is_terminal and not out.no_color))
     for part in told:
@@ -73,6 +74,22 @@ def main(argv: list[str]) -> int:
         ) from None
     out.print(f"\nwrote {printable(str(file))}", soft_wrap=True)
     return 0
+
+
+def _told_beyond_positions(configuration: Configuration) -> list[RenderableType]:
+    """As the start of a run says it, if this machine has the model's configuration."""
+    from rich.text import Text
+
+    from falcon_qlora.models.layouts import layout_of
+    from falcon_qlora.models.locate import find_outline_here
+
+    model, longest = configuration.model, configuration.data.max_length
+    try:
+        config = find_outline_here(model.model_name_or_path, revision=model.model_revision)
+    except UserError:  # rows need a tokenizer only
+        return []
+    told = layout_of(config).told_beyond_positions(longest, f"--max_length {longest:,}")
+    return [Text(f"note: {told}")] if told else []
 
 
 def _look_at_corpora(configuration: Configuration, tokenizer: Any) -> _Look:

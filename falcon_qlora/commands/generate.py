@@ -110,6 +110,8 @@ class _Printer:
         if told := self.speaker.told_of(prompt):
             note_aside(told)
         turns = [Turn("user", prompt)]
+        if told := self.speaker.told_beyond(turns, self.wanted.max_new_tokens):
+            note_aside(told)
         if self.wanted.compare:
             with method_of(self.speaker.model).disabled(self.speaker.model):
                 self._print("base:    ", turns)
@@ -118,6 +120,7 @@ class _Printer:
     def chat(self) -> None:
         """Answer one line after another, each with all earlier turns."""
         turns: list[Turn] = []
+        told = None
         person = sys.stdin.isatty()
         while True:
             try:
@@ -127,6 +130,8 @@ class _Printer:
             if not said.strip():
                 return
             turns.append(Turn("user", said))
+            if told is None and (told := self.speaker.told_beyond(turns, self.wanted.max_new_tokens)):
+                note_aside(f"{told}. An empty line ends this chat")
             turns.append(Turn("assistant", self._print("falcon: " if person else "", turns)))
 
     def _print(self, name: str, turns: list[Turn]) -> str:

@@ -85,6 +85,15 @@ class Speaker:
             begun |= bool(shown)
             yield shown
 
+    def told_beyond(self, turns: Sequence[Turn], max_new_tokens: int) -> str | None:
+        """That a conversation with its answer may be longer than the model was made for; None if not."""
+        from falcon_qlora.data.tokens import prompt_ids
+        from falcon_qlora.models.layouts import layout_of
+
+        tokens = len(prompt_ids(self.template, turns, self.tokenizer))
+        what = f"a prompt of {tokens:,} tokens with up to {max_new_tokens:,} new ones"
+        return layout_of(self.model.config).told_beyond_positions(tokens + max_new_tokens, what)
+
     def told_of(self, prompt: str) -> str | None:
         """A warning for a prompt that already contains the template; None for any other."""
         question = "Why?"
@@ -155,6 +164,8 @@ class Answers:
         return self._answer([Turn("user", prompt)], how)
 
     def _answer(self, turns: Sequence[Turn], how: Mapping[str, Any]) -> str:
+        if told := self._speaker.told_beyond(turns, how.get("max_new_tokens", 256)):
+            note(told)
         return "".join(self._speaker.stream(turns, **how)).strip()
 
     @functools.cached_property

@@ -335,12 +335,7 @@ def start_notes(
         notes += _unseen_tokens(data, method_of(model))
     if speed := speed_note(configuration, model, estimate):
         notes.append(speed)
-    positions = model.config.max_position_embeddings
-    if longest > positions:
-        told = (
-            f"--max_length {longest:,} is beyond the {positions:,} positions that the model was made for "
-            f"(max_position_embeddings): {layout.position_limit}"
-        )
+    if told := layout.told_beyond_positions(longest, f"--max_length {longest:,}"):
         if data.statistics is not None:
             told += f". The longest document has {data.statistics.longest:,} tokens"
         notes.append(told)

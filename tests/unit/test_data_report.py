@@ -164,6 +164,10 @@ def test_the_command(
     assert "format alpaca (question as instruction, answer as output), template" in " ".join(told.split())
     assert all(note in told for note in notes)
     assert list((tmp_path / "runs" / "data").glob("*.png"))
+    assert "positions" not in told
+    assert main([*flags, "--max_length", "4096"]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "note: --max_length 4,096 is beyond the 2,048 positions that the model was made for" in told
     assert main([*flags, "--show", "-1"]) == 2
 
 

@@ -19,6 +19,7 @@ from falcon_qlora.common.errors import UserError
 from falcon_qlora.config import parse
 from falcon_qlora.data.templates import Turn, get_template, template_fingerprint
 from falcon_qlora.data.tokens import prompt_ids
+from falcon_qlora.inference.answers import load_adapter
 from falcon_qlora.inference.generation import choose_tokens, generate_batch, generate_stream
 from falcon_qlora.models import load
 from falcon_qlora.models.fingerprint import model_fingerprint
@@ -293,6 +294,27 @@ def test_command_without_adapter_goes_on_from_standard_input(
     monkeypatch.setattr("sys.stdin", io.StringIO("The opposite of hot is\n"))
     assert generate.main(["-m", "tiny", "--max_new_tokens", "2"]) == 0
     assert capsys.readouterr().out.strip().startswith("cold")
+
+
+def test_a_prompt_whose_answer_goes_beyond_the_models_positions_is_told(
+    adapter: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By both commands and from Python; a chat tells it once."""
+    monkeypatch.setattr(
+        "falcon_qlora.inference.generation.generate_stream", lambda *given, **settings: iter(["An owl."])
+    )
+    words = ["--adapter", str(adapter), "--template", "none", "--max_new_tokens"]
+    ids = load_tokenizer("tiny")("bird " * 2000)["input_ids"]
+    told = f"of {len(ids):,} tokens with up to {{}} new ones is beyond the 2,048 positions that the model was"
+    for most, times in ((2048 - len(ids), 0), (2049 - len(ids), 1)):
+        assert generate.main([*words, str(most), "--prompt", "bird " * 2000]) == 0
+        assert capsys.readouterr().err.count(told.format(most)) == times
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"Name a bird.\n{'bird ' * 2000}\nAnother!\n\n"))
+    assert generate.main([*words, "256", "--chat"]) == 0
+    assert capsys.readouterr().err.count("new ones is beyond the 2,048 positions") == 1
+    model: Any = load_adapter(adapter, template="none", device="cpu")
+    model.generate_text("bird " * 2000)
+    assert told.format(256) in capsys.readouterr().out.replace("\n", " ")
 
 
 def test_a_prompt_is_read_as_utf_8_whatever_the_locale(

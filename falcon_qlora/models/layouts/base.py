@@ -356,6 +356,16 @@ class Layout(ABC):
         """What happens to a document longer than the model was made for, for messages."""
         return "rotary positions beyond were never trained, and answers there may be nonsense"
 
+    def told_beyond_positions(self, tokens: int, what: str) -> str | None:
+        """That `what`, of so many `tokens`, is longer than the model was made for; None if it is not."""
+        positions = self.config.max_position_embeddings
+        if tokens <= positions:
+            return None
+        return (
+            f"{what} is beyond the {positions:,} positions that the model was made for "
+            f"(max_position_embeddings): {self.position_limit}"
+        )
+
     def parameter_count(self) -> int:
         """All parameters, a head tied to the embedding counted once."""
         return sum(self.base_parameter_kinds().values())

@@ -90,6 +90,7 @@ class Falcon(Layout):
         "num_ln_in_parallel_attn": None,
         "bias": False,
         "alibi": False,
+        "max_position_embeddings": 2048,
         "tie_word_embeddings": True,
         "activation": "gelu",
         "hidden_dropout": 0.0,

@@ -123,6 +123,7 @@ class FalconH1(Layout):
         "num_key_value_heads": 8,
         "hidden_act": "silu",
         "tie_word_embeddings": False,
+        "max_position_embeddings": 8192,
         "rope_parameters": {"rope_type": "default"},
         "mamba_d_ssm": 1024,
         "mamba_n_heads": 128,

@@ -63,6 +63,7 @@ class Llama(Layout):
         "hidden_act": "silu",
         "attention_bias": False,
         "mlp_bias": False,
+        "max_position_embeddings": 2048,
         "rope_parameters": {"rope_type": "default"},
         "tie_word_embeddings": False,
         "attention_dropout": 0.0,
