@@ -13,13 +13,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from falcon_qlora.commands.first_look import look_at_held_out, look_at_rows
-from falcon_qlora.commands.opening import less_memory, note_aside, parse_with_run, source_of
+from falcon_qlora.commands.first_look import held_out_sources, look_at_held_out, look_at_rows
+from falcon_qlora.commands.opening import less_memory, merge_record, note_aside, parse_with_run, source_of
 from falcon_qlora.commands.words import split
 from falcon_qlora.common.errors import UserError, first_line, nearest, printable
 from falcon_qlora.common.files import check_writable, write_json
 from falcon_qlora.common.settings import setting
 from falcon_qlora.config import Configuration
+from falcon_qlora.data.formats import AUTO, BY_FORMAT, resolve_template
+from falcon_qlora.data.selection import is_fraction
+from falcon_qlora.data.settings import RowSettings
+from falcon_qlora.data.stream import recognise_source
+from falcon_qlora.inference.answers import trained_template
 from falcon_qlora.inference.base_and_adapter import Source, load_adapted, load_measured, tokenizer_of
 from falcon_qlora.processes.watchdog import end_native_code_after
 from falcon_qlora.run_folder.directory import RunDirectory
@@ -57,13 +62,18 @@ def main(argv: list[str]) -> int:
     end_native_code_after(configuration.run.hang_minutes)
     say_loading(aside=True)
     quiet_libraries()
-    source, _ = source_of(configuration, folder, named=named)
+    source, record = source_of(configuration, folder, named=named)
+    record = record or merge_record(source.model)
     with less_memory(source, "a smaller -b or --max_length"):
         if wanted.tasks:
             figures = _run_tasks(configuration, source, wanted.tasks)
         else:
             rows_are_named = "dataset_name" in named and "eval_split" not in named
-            figures = _measure(configuration, source, run, all_rows=rows_are_named)
+            split = configuration.data.eval_split
+            from_file = "eval_split" in named and split is not None and not is_fraction(split)
+            if "template" in named or not (from_file or "dataset_name" in named):
+                record = {}  # rows are written as the user says, and a run's own as in training
+            figures = _measure(configuration, source, run, record, all_rows=rows_are_named)
     width = max(len(name) for name in figures) + 2
     for name, value in figures.items():
         label = name if " " in name else name.replace("_", " ")  # a task's name stays as it is
@@ -83,6 +93,7 @@ def _measure(
     configuration: Configuration,
     source: Source,
     run: RunDirectory | None,
+    record: dict[str, Any],
     *,
     all_rows: bool,
 ) -> dict[str, Any]:
@@ -93,6 +104,7 @@ def _measure(
     else:
         look_at_held_out(configuration.data)
     tokenizer = tokenizer_of(source)
+    _take_trained_template(configuration, record, tokenizer, all_rows=all_rows)
     text = rows_of(configuration, tokenizer) if all_rows else held_out_text(configuration, tokenizer, run)
     for each in text.notes:
         note_aside(each)
@@ -127,6 +139,33 @@ def _measure(
         "computed_in": str(model.dtype).removeprefix("torch."),
         "kernels": described(kernels),
     }
+
+
+def _take_trained_template(
+    configuration: Configuration, record: dict[str, Any], tokenizer: Any, *, all_rows: bool
+) -> None:
+    """Have rows that the user names written with the template of training, if it can write them."""
+    from falcon_qlora.training.rows import row_settings
+
+    data, name = configuration.data, record.get("template", AUTO)
+    if data.template != AUTO or name in (AUTO, BY_FORMAT):
+        return
+    trained = f"--adapter {configuration.extra.adapter}" if configuration.extra.adapter else "the merge"
+    trained_template(record, tokenizer, trained=trained, say_so="--template FILE", tell=note_aside)
+    settings = RowSettings(**row_settings(data))
+    split = None if all_rows else data.eval_split
+    of_dataset = split is None or is_fraction(split)
+    for rows in settings.sources() if of_dataset else held_out_sources(settings, str(split)):
+        row_format, _, other = recognise_source(settings, rows, tokenizer)
+        try:
+            resolve_template(name, row_format)
+        except UserError:
+            note_aside(
+                f"{rows.name}: written with template {other}, as {name}, with which {trained} was trained, "
+                f"cannot write rows of format {row_format}"
+            )
+            return
+    data.template = name
 
 
 def _run_tasks(configuration: Configuration, source: Source, words: list[str]) -> dict[str, Any]:

@@ -131,13 +131,16 @@ def look_at_held_out(data: DataArguments) -> None:
 
 
 def _look_at_split(settings: RowSettings, split: str) -> None:
-    if split.startswith("split:"):
-        held_out = settings.sources(split.removeprefix("split:"))
-    else:
-        of_file = "train" if Path(split).expanduser().is_file() else settings.dataset_split
-        held_out = [find_source(split, config=settings.dataset_config, split=of_file)]
-    for source in held_out:
+    for source in held_out_sources(settings, split):
         _look_at_source(settings, source, _ROWS)
+
+
+def held_out_sources(settings: RowSettings, split: str) -> list[Source]:
+    """What ``--eval_split`` names, if that is no share of the rows."""
+    if split.startswith("split:"):
+        return settings.sources(split.removeprefix("split:"))
+    of_file = "train" if Path(split).expanduser().is_file() else settings.dataset_split
+    return [find_source(split, config=settings.dataset_config, split=of_file)]
 
 
 def _look_at_source(settings: RowSettings, source: Source, rows: int) -> None:

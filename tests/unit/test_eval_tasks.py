@@ -130,3 +130,39 @@ def test_without_the_harness_it_says_what_to_install(capsys: pytest.CaptureFixtu
         pytest.skip("it is installed")
     assert cli.main(["eval", "-m", "tiny", "--tasks", "arc_easy"]) == 2
     assert "pip install 'falcon-qlora[lm-eval]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("rows", "flags", "template"),
+    [
+        ("chat", "--dataset_name", "alpaca"),
+        ("chat", "--eval_split", "alpaca"),
+        ("chat", "--eval_split 0.5 --dataset_name", "alpaca"),
+        ("chat", "--template auto --dataset_name", "falcon-instruct"),
+        ("text", "--dataset_name", "none"),
+    ],
+)
+def test_rows_that_are_named_are_written_with_the_template_of_training(
+    rows: str, flags: str, template: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where it can write them; and as `--template` says where that is given."""
+    model = attach_lora(load_model("tiny", device="cpu"), r=4)
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    record = {"base_model": "tiny", "quantize_mode": "4bit", "template": "alpaca", "dataset_format": "alpaca"}
+    (tmp_path / "adapter" / "falcon_qlora.json").write_text(json.dumps(record))
+    file = tmp_path / "rows.jsonl"
+    with file.open("w") as lines:
+        for answer in ("Marta.", "Anna."):
+            turns = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": answer}]
+            print(json.dumps({"chat": {"messages": turns}, "text": {"text": answer}}[rows]), file=lines)
+    words = ["eval", "--adapter", str(tmp_path / "adapter"), *flags.split(), str(file), "--results"]
+
+    def figures(name: str, *more: str) -> str:
+        assert cli.main([*words, str(tmp_path / name), *more]) == 0
+        return (tmp_path / name).read_text()
+
+    own = figures("own")
+    told = capsys.readouterr().err
+    assert (f"note: {file}: written with template none, as alpaca, with which" in told) == (rows == "text")
+    assert ("0.5" in flags) or f"note: format {rows}, template {template}\n" in told
+    assert own == figures("named", "--template", template)
