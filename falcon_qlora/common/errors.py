@@ -9,8 +9,9 @@ import os
 import re
 import threading
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 EXIT_USER_ERROR = 2
 EXIT_BUG = 1
@@ -192,5 +193,18 @@ def reason_of(error: Exception) -> str:
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return ``" (did you mean X?)"`` for the known name closest to `name`, or an empty string."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return _did_you_mean(_closest(name, known))
+
+
+def nearest_path(path: Path) -> str:
+    """As `nearest`, the path of what lies beside `path` with a name close to its own."""
+    close = _closest(path.name, [each.name for each in path.parent.glob("*")])
+    return _did_you_mean([path.with_name(name) for name in close])
+
+
+def _closest(name: str, known: Iterable[str]) -> list[str]:
+    return difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+
+
+def _did_you_mean(close: Sequence[object]) -> str:
     return f" (did you mean {close[0]}?)" if close else ""

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from falcon_qlora.common.errors import UserError, first_line, nearest
+from falcon_qlora.common.errors import UserError, first_line, nearest_path
 from falcon_qlora.common.files import sha256
 from falcon_qlora.common.stores import fetched, is_address
 from falcon_qlora.data import sample_data
@@ -115,9 +115,8 @@ def find_source(name: str, *, config: str | None = None, split: str = "train") -
             )
         return LocalSource(name, (path,))
     if _looks_like_path(name):
-        neighbours = [each.name for each in path.parent.iterdir()] if path.parent.is_dir() else []
         where = "" if path.parent.is_dir() else f" (nor is there a folder {path.parent})"
-        raise UserError(f"file not found: {name}{nearest(path.name, neighbours)}{where}")
+        raise UserError(f"file not found: {name}{nearest_path(path)}{where}")
     return HubSource(name, config, split)
 
 

@@ -9,7 +9,7 @@ import socket
 from pathlib import Path
 
 from falcon_qlora.common.by_url import folder_of, holds_run, holds_what_is_no_runs
-from falcon_qlora.common.errors import UserError, nearest
+from falcon_qlora.common.errors import UserError, nearest_path
 from falcon_qlora.common.files import quoted, try_to_write
 from falcon_qlora.common.record_files import AUTO, LATEST, SIGNS_OF_A_RUN
 from falcon_qlora.common.stores import is_address
@@ -94,7 +94,9 @@ def choose(
             path.mkdir(parents=True, exist_ok=True)
         try_to_write(path)
     except OSError as error:
-        raise UserError(f"--output_dir {path}: cannot write there ({error.strerror})") from error
+        raise UserError(
+            f"--output_dir {path}: cannot write there ({error.strerror}); name another folder"
+        ) from error
     return path
 
 
@@ -158,8 +160,7 @@ def _run_of(path: Path) -> Path:
 
 
 def _not_there(path: Path) -> UserError:
-    near = nearest(path.name, (each.name for each in path.parent.glob("*")))
-    return UserError(f"--resume: {path}: there is no such folder{near}")
+    return UserError(f"--resume: {path}: there is no such folder{nearest_path(path)}")
 
 
 def _newest(root: Path) -> Path | None:

@@ -397,7 +397,8 @@ def test_text_of_windows_is_told_with_the_command_that_converts_it(
 
 def test_missing_file_names_its_neighbour(tmp_path: Path) -> None:
     write(tmp_path / "train.jsonl", "")
-    with pytest.raises(UserError, match=r"file not found: .*trian.jsonl \(did you mean train.jsonl\?\)"):
+    told = rf"file not found: .*trian.jsonl \(did you mean {tmp_path}/train.jsonl\?\)"
+    with pytest.raises(UserError, match=told):
         find_source(str(tmp_path / "trian.jsonl"))
     with pytest.raises(UserError, match=r"file not found: .*nor is there a folder"):
         find_source(str(tmp_path / "nowhere" / "rows.json"))
