@@ -10,9 +10,10 @@ from transformers import DefaultFlowCallback, TrainerCallback, TrainerControl, T
 from transformers.trainer_utils import SaveStrategy
 
 from falcon_qlora.common.errors import UserError
-from falcon_qlora.processes import agreement, lookout
+from falcon_qlora.processes import agreement, lookout, stop_signals
 from falcon_qlora.processes.stop_signals import Stopped
 from falcon_qlora.run_folder.directory import Backlog
+from falcon_qlora.terminal.console import note
 
 if TYPE_CHECKING:
     from falcon_qlora.training.trainer import FalconTrainer
@@ -87,6 +88,8 @@ class StepKeeper(DefaultFlowCallback):
         try:
             for report in trainer.step.heed():
                 failed |= report.failed
+                if report.stop and not self._stopping:
+                    _tell_of_others_signal()
                 control.should_save |= report.save or report.stop
                 control.should_training_stop |= report.stop
                 self._stopping |= report.stop
@@ -98,6 +101,15 @@ class StepKeeper(DefaultFlowCallback):
         if state.global_step == trainer.began_at + 1:
             lookout.has_stepped()
             trainer.checkpointer.reserve(trainer.model, trainer.optimizer)
+
+
+def _tell_of_others_signal() -> None:
+    """Say which rank was asked to stop, if the main process was not, which has said so itself."""
+    asked = agreement.met_by_main(stop_signals.asked_to_stop())
+    if asked[0] is None:
+        told = [f"rank {rank} got {number.name}" for rank, number in enumerate(asked) if number is not None]
+        for each in told[:1]:
+            note(f"{each}: saving at the end of a step, then exiting")
 
 
 class MetricsWriter(TrainerCallback):

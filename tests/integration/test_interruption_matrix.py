@@ -62,6 +62,8 @@ def test_each_signal_to_the_launcher_and_to_each_process(processes: Processes, w
         assert (status, errors) == (75, ""), (place, number)
         assert f"stopped at step {newest_step(processes, 'signals')} of 24" in output
         assert before + 1 <= newest_step(processes, "signals") <= before + 2
+        who = "rank 1 got " if place == {"rank": 1} else ""
+        assert re.findall(r"note: (.*): saving at", output) == [f"{who}{signal.Signals(number).name}"]
     assert go_on(processes, "signals", [])[0] == 0
     assert_same_run(processes.folder / "signals", whole)
 
