@@ -277,7 +277,7 @@ def check_writable(file: Path, flag: str) -> None:
         else:
             try_to_write(file.parent)
     except OSError as error:
-        raise UserError(f"{flag} {file}: cannot write there ({error.strerror})") from None
+        raise UserError(f"{flag} {file}: cannot write there ({error.strerror}); name another file") from None
 
 
 def quoted(word: str) -> str:
