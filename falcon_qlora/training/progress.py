@@ -44,7 +44,7 @@ class ProgressCallback(TrainerCallback):
         self._last_step = 0
         self._printed_step = -1
         self._printed_at = 0.0
-        self._marks: list[tuple[int, float]] = []  # (step, time) at the start, and after the first step
+        self._warm: tuple[int, float] | None = None  # (step, time) after this start's first step
 
     def close(self) -> None:
         """Remove the bar from the terminal; safe to call at any time, and repeatedly."""
@@ -60,7 +60,7 @@ class ProgressCallback(TrainerCallback):
         before = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
         self._best = min(before, default=None)  # of a run that is resumed
         self._printed_at = time.monotonic()
-        self._marks = [(self._step, self._printed_at)]
+        self._warm = None
         if in_notebook():
             self._notebook = NotebookProgress()
         if not console().is_terminal:
@@ -87,8 +87,8 @@ class ProgressCallback(TrainerCallback):
         if not ranks.is_main_process():
             return
         self._step = state.global_step
-        if len(self._marks) < 2:
-            self._marks.append((self._step, time.monotonic()))
+        if self._warm is None:
+            self._warm = self._step, time.monotonic()
         self._refresh(self._counter())
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
@@ -141,11 +141,9 @@ class ProgressCallback(TrainerCallback):
 
     def _seconds_left(self) -> float | None:
         """From this start's wall clock, so including the time of saves and evaluations so far."""
-        # The first step warms up: it counts only while there is no other.
-        earlier = [mark for mark in self._marks if mark[0] < self._step]
-        if not earlier or self._step >= self._last_step:
-            return None
-        step, at = earlier[-1]
+        if self._warm is None or not self._warm[0] < self._step < self._last_step:
+            return None  # how long the first step takes, which compiles and is checked, says little
+        step, at = self._warm
         return (time.monotonic() - at) / (self._step - step) * (self._last_step - self._step)
 
     def _draw_losses(self, notebook: NotebookProgress, **how: Any) -> None:

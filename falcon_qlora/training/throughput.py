@@ -47,6 +47,8 @@ class Meter:
         elif self._paused is not None and self._paused[0] in self.lost:
             cause, at = self._paused
             self.lost[cause] += now - at
+            if cause == "start" and self._logged_at is not None:  # part of the first step, told apart
+                self._logged_at += now - at
         self._paused = None
 
     def pause(self, cause: str) -> None:
@@ -66,7 +68,10 @@ class Meter:
         self.capacity += capacity
 
     def interval(self) -> dict[str, float]:
-        """Rates since the last call; the caller makes sure that the device is done."""
+        """Rates since the last call; the caller makes sure that the device is done.
+
+        The wall clock's counts saves and evaluations, and not what belongs to the start.
+        """
         now = time.perf_counter()
         if self._since is not None:
             self.seconds += now - self._since

@@ -28,7 +28,7 @@ from falcon_qlora.models.tiny import tiny_path
 from falcon_qlora.run_folder.directory import RunDirectory
 from falcon_qlora.terminal import console, library_logging, phases
 from falcon_qlora.terminal.console import print_answers, print_end, print_start
-from falcon_qlora.training import progress
+from falcon_qlora.training import progress, throughput
 from falcon_qlora.training.activations import Activations
 from falcon_qlora.training.batch_tokens import Cut, Cutter
 from falcon_qlora.training.progress import ProgressCallback
@@ -222,10 +222,35 @@ def test_the_time_left_counts_saves_and_evaluations(
         now += 0 if step % 10 else 15
     lines = capsys.readouterr().out.splitlines()
     told = {int(line.split("/")[0].removeprefix("step ")): line for line in lines}
-    assert told[1].endswith(f"  {duration(99 * 90)} left")  # nothing else is known yet
+    assert "left" not in told[1]  # nothing is known yet but what the first step took
     for step in range(31, 100, 10):
         minutes, seconds = re.search(r"(?:(\d+) min )?(\d+) s left$", told[step]).groups(default="0")
         assert 60 * int(minutes) + int(seconds) == pytest.approx(now - ended[step], rel=0.02, abs=2)
+
+
+@pytest.mark.parametrize("cause", ["start", "saves", "evaluation"])
+def test_the_speed_with_saves_and_evaluations_counts_nothing_else(
+    cause: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The packing check pauses a first step of 10 s for 30 s, as a save does later."""
+    now = 1_000.0
+    monkeypatch.setattr(throughput, "time", SimpleNamespace(perf_counter=lambda: now, time=lambda: now))
+    meter = throughput.Meter()
+    meter.resume()
+    now += 10
+    meter.pause(cause)
+    now += 30
+    meter.resume()
+    meter.add(tokens=800, positions=800, capacity=800)
+    callback, state = (
+        ProgressCallback(lambda: ""),
+        SimpleNamespace(global_step=0, max_steps=9, log_history=[]),
+    )
+    callback.on_train_begin(None, state, None)
+    callback.on_log(None, state, None, logs=meter.interval())
+    callback.on_train_end(None, state, None)
+    told = "80 tokens/s" if cause == "start" else "80 tokens/s (20 with saves and evaluations)"
+    assert capsys.readouterr().out.endswith(f"  {told}\n")
 
 
 def test_evaluations_are_printed_and_the_best_is_marked(capsys: pytest.CaptureFixture[str]) -> None:
