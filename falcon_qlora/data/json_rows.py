@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 from falcon_qlora.common.errors import UserError
+from falcon_qlora.common.quantities import counted
 from falcon_qlora.data.text_files import BYTE_ORDER_MARK, LONGEST, TOO_LONG, lines, open_text
 
 Row = dict[str, Any]
@@ -23,6 +24,8 @@ _BETWEEN_VALUES = " \t\r\n" + BYTE_ORDER_MARK
 _ONE_A_LINE = "; a .jsonl file has one whole object on every line"
 _CUT_OFF = " (where objects go over several lines, name the file .json)"
 _EXAMPLE = 'write every row as an object, such as {"text": "…"} or {"messages": […]}'
+_AS_PAIRS = 'write each as a row, such as {"instruction": "Who?", "output": "Marta."}'
+_MOST_COLUMNS = 20  # of texts alone
 _AS_RECORDS = 'write it as rows, for example with pandas: to_json(FILE, orient="records", lines=True)'
 
 
@@ -200,6 +203,9 @@ def _spread(path: Path, line: int, value: Any) -> _Spread:
         return _numbered(f"{path} row {{}}", rows, [_COLUMNS])
     if _all_are(dict, row.values()) and _is_index(row):  # orient="index"
         return _numbered(f"{path} row {{}}", list(row.values()), ["read as rows by their index"])
+    sentences = [key for key in row if key.rstrip()[-1:] in tuple(".?!")]
+    if _all_are(str, row.values()) and (len(sentences) > len(row) / 2 or len(row) > _MOST_COLUMNS):
+        raise UserError(f"{place}: one object of {counted(len(row), 'pair')}, not rows; {_AS_PAIRS}")
     return _Spread([(place, row)], [])
 
 

@@ -176,6 +176,16 @@ def test_gzip_csv_parquet(tmp_path: Path) -> None:
         ("a.csv", "a;b\n1;2;3\n", r"a.csv:2: 3 fields.*\(separated by ';'\)"),
         ("a.json", '{"a": [1, 2], "b": [1]}', r"a.json:1: .*unequal lengths \('a' 2, 'b' 1\).*records"),
         ("a.json", '{"a": {"0": 1}, "b": {"1": 1}}', r"a.json:1: .*unequal indexes.*orient=.records"),
+        (
+            "a.json",
+            '{"Who?": "Marta.", "Where is it?": "Here.", "Say": "a"}',
+            r"a.json:1: .* 3 pairs, not rows",
+        ),
+        (
+            "a.jsonl",
+            json.dumps({f"word {n}": "b" for n in range(30)}),
+            r"of 30 pairs.*each as a row, such as",
+        ),
         ("a.json", '\n{"columns": ["a"], "index": [0], "data": [[1]]}', r"a.json:2: .*split.*records"),
     ],
 )
