@@ -62,7 +62,11 @@ class TrainerArguments:
 
     # Logging
     logging_strategy: Literal["no", "steps", "epoch"] = setting("steps", "When to log.")
-    logging_steps: float = setting(10, "Steps between two lines of the log, or a share of all.", above=0)
+    logging_steps: float = setting(
+        10,
+        "Steps between two lines of metrics.jsonl, or a share of all; without a terminal some 50 are printed.",
+        above=0,
+    )
     logging_first_step: bool = setting(False, "Log the first step too.")
     run_name: str | None = setting(None, "Name of the run for trackers; unset: its folder's.")
     project: str = setting("huggingface", "Project for Trackio.")
