@@ -23,9 +23,11 @@ from falcon_qlora.methods.adapter_folder import CONFIG, RECORD, read_adapter, re
 from falcon_qlora.methods.open_adapter import may_open
 from falcon_qlora.methods.table import method_from, method_named
 from falcon_qlora.models.checkpoints import RANDOM, parameter_reader, parse_random, read_folder_config
+from falcon_qlora.models.fingerprint import changed_files
 from falcon_qlora.models.locate import is_on_hub, open_checkpoint, packaged_folder
-from falcon_qlora.models.prepared import read_prepared
+from falcon_qlora.models.prepared import Prepared, changed_since, read_prepared
 from falcon_qlora.models.schemes import scheme_in
+from falcon_qlora.models.tokenizer import load_tokenizer
 from falcon_qlora.run_folder.directory import RunDirectory
 
 if TYPE_CHECKING:
@@ -322,16 +324,29 @@ def _model(folder: Path) -> Inspection:
         return found
     found.add("layout", f"{config.num_hidden_layers} blocks of {config.hidden_size}")
     scheme = scheme_in(folder)
-    if scheme is None:
-        found.collect(_tensor_faults(folder, config))
-        return found
-    found.add("stored in", scheme.words)
+    found.add("stored in", scheme and scheme.words)
     prepared = found.attempt(lambda: read_prepared(folder))
     if prepared is not None:
         found.add("prepared from", prepared.origin)
+        found.collect(_changed_since_prepared(folder, prepared))
+    elif (folder / "tokenizer_config.json").is_file() and not (folder / "tokenizer.json").is_file():
+        found.attempt(lambda: load_tokenizer(str(folder)))
     if not found.faults:
-        found.collect(_quantized_faults(folder))
+        found.collect(_tensor_faults(folder, config) if scheme is None else _quantized_faults(folder))
     return found
+
+
+def _changed_since_prepared(folder: Path, prepared: Prepared) -> Iterator[str]:
+    from falcon_qlora.models.load import check_unchanged
+
+    changed = changed_files(folder, prepared)
+    for name in changed:
+        if (folder / name).is_file():
+            yield str(changed_since(folder, name))
+        else:
+            yield f"{folder} has no {name}, which prepare wrote: copy it back, or prepare the base again"
+    if not changed:
+        check_unchanged(open_checkpoint(str(folder)))
 
 
 def _quantized_faults(folder: Path) -> Iterator[str]:
@@ -339,11 +354,10 @@ def _quantized_faults(folder: Path) -> Iterator[str]:
     import torch
 
     from falcon_qlora.models.folder import parameter_shapes
-    from falcon_qlora.models.load import check_unchanged, empty_model
+    from falcon_qlora.models.load import empty_model
 
     try:
         checkpoint = open_checkpoint(str(folder))
-        check_unchanged(checkpoint)
         missing = parameter_shapes(checkpoint.config)
         model = empty_model(checkpoint.config, dtype=torch.float32)
         for name, tensor in checkpoint.tensors(model, torch.device("cpu"), torch.float32):

@@ -121,7 +121,7 @@ def _quantize(configuration: Configuration) -> int:
 
 
 def _preparation(configuration: Configuration) -> Preparation:
-    from falcon_qlora.models.load import check_mode_runs_on, check_shapes_quantize_on
+    from falcon_qlora.models.load import check_mode_runs_on, check_shapes_quantize_on, check_unchanged
     from falcon_qlora.models.locate import open_checkpoint
     from falcon_qlora.models.prepare import Preparation
     from falcon_qlora.models.schemes import Scheme
@@ -134,6 +134,7 @@ def _preparation(configuration: Configuration) -> Preparation:
     dtype = devices.compute_dtype(settings.compute_dtype, device)
     check_mode_runs_on(settings.quantize_mode, dtype, device)
     checkpoint = open_checkpoint(name, revision=settings.model_revision)
+    check_unchanged(checkpoint)
     if checkpoint.scheme is not None:
         raise UserError(
             f"{name} is quantized already ({checkpoint.scheme.words}): train on it with -m as it is"

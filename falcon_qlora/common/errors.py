@@ -182,8 +182,13 @@ def _is_hidden(sign: str) -> bool:
 
 
 def first_line(error: object, *, limit: int = 300) -> str:
-    """The first line of the text of `error`, for errors whose other lines are advice to programmers."""
-    return one_line(next(iter(str(error).strip().splitlines()), type(error).__name__), limit=limit)
+    """The first line of the text of `error`, for errors whose other lines are advice to programmers.
+
+    Where that line ends in a colon it says nothing alone, and the others follow it.
+    """
+    line, _, rest = str(error).strip().partition("\n")
+    told = f"{line} {rest}" if line.rstrip().endswith(":") else line
+    return one_line(told or type(error).__name__, limit=limit)
 
 
 def reason_of(error: Exception) -> str:

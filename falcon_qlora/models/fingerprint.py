@@ -7,8 +7,9 @@ from pathlib import Path
 
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.common.files import sha256
+from falcon_qlora.common.record_files import PREPARED
 from falcon_qlora.common.stores import is_address
-from falcon_qlora.common.untrusted import read_text
+from falcon_qlora.common.untrusted import file_beside, read_text
 from falcon_qlora.models.checkpoints import RANDOM, weight_files
 from falcon_qlora.models.locate import packaged_folder
 from falcon_qlora.models.prepared import Prepared, read_prepared
@@ -126,18 +127,37 @@ def _hash(folder: Path, *, samples: int, whole_bytes: int) -> str | None:
     try:
         digest.update(read_text(folder / "config.json").encode())
         for file in weight_files(folder):
-            size = file.stat().st_size
-            digest.update(f"{file.name} {size}".encode())
-            if size <= whole_bytes:
-                digest.update(sha256(file).encode())
-                continue
-            with file.open("rb") as opened:
-                for sample in range(samples):
-                    opened.seek(max(size - _SAMPLE_BYTES, 0) * sample // (samples - 1))
-                    digest.update(opened.read(_SAMPLE_BYTES))
+            digest.update(_told_of(file, samples=samples, whole_bytes=whole_bytes))
     except (OSError, UserError):
         return None
     return digest.hexdigest()
+
+
+def _told_of(file: Path, *, samples: int, whole_bytes: int) -> bytes:
+    size = file.stat().st_size
+    told = f"{file.name} {size}".encode()
+    if size <= whole_bytes:
+        return told + sha256(file).encode()
+    with file.open("rb") as opened:
+        for sample in range(samples):
+            opened.seek(max(size - _SAMPLE_BYTES, 0) * sample // (samples - 1))
+            told += opened.read(_SAMPLE_BYTES)
+    return told
+
+
+def file_hash(file: Path) -> str:
+    """A hash of a file's name and content, with large files sampled."""
+    told = _told_of(file, samples=_SAMPLES, whole_bytes=_WHOLE_BYTES)
+    return hashlib.sha256(told).hexdigest()
+
+
+def changed_files(folder: Path, prepared: Prepared) -> list[str]:
+    """The names of a prepared base's files that are missing or not as they were written, as far as recorded."""
+    return [
+        name
+        for name, told in (prepared.files or {}).items()
+        if not (file := file_beside(folder / PREPARED, name)).is_file() or file_hash(file) != told
+    ]
 
 
 def tokenizer_fingerprint(name: str) -> str | None:

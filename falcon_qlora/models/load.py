@@ -23,7 +23,7 @@ from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.models.checkpoints import Checkpoint, RandomCheckpoint
-from falcon_qlora.models.fingerprint import content_hash
+from falcon_qlora.models.fingerprint import changed_files, content_hash
 from falcon_qlora.models.host_base import HostCopy
 from falcon_qlora.models.layouts import layout_of
 from falcon_qlora.models.locate import open_checkpoint
@@ -94,12 +94,12 @@ def load_model(
     dtype = devices.compute_dtype(compute_dtype, device)
     check_mode_runs_on(quantize_mode or "4bit", dtype, device)
     checkpoint = open_checkpoint(model_name_or_path, revision=revision, seed=seed)
+    check_unchanged(checkpoint)
     scheme = checkpoint.scheme
     if scheme is not None:
         scheme.refuse_others(model_name_or_path, quantize_mode, double_quantization)
         quantize_mode, double_quantization = scheme.mode, scheme.double_quantization
         check_mode_runs_on(quantize_mode, dtype, device)
-        check_unchanged(checkpoint)
     quantize_mode = quantize_mode or "4bit"
     double_quantization = double_quantization is not False
     check_shapes_quantize_on(checkpoint.config, quantize_mode, device)
@@ -325,7 +325,9 @@ def check_unchanged(checkpoint: Checkpoint) -> None:
     """
     prepared = None if isinstance(checkpoint, RandomCheckpoint) else read_prepared(checkpoint.folder)
     if prepared is not None and prepared.content != content_hash(checkpoint.folder):  # type: ignore[union-attr]
-        raise changed_since(checkpoint.name, "config.json or a file of weights")
+        changed = changed_files(checkpoint.folder, prepared)  # type: ignore[union-attr,arg-type]
+        of_model = [name for name in changed if name == "config.json" or "safetensors" in name]
+        raise changed_since(checkpoint.name, ", ".join(of_model) or "config.json or a file of weights")
 
 
 def _finish(model: PreTrainedModel, name: str, device: torch.device) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.common.files import write_json
 from falcon_qlora.models.checkpoints import Checkpoint, FolderCheckpoint, raw_config
-from falcon_qlora.models.fingerprint import content_hash, fingerprints
+from falcon_qlora.models.fingerprint import content_hash, file_hash, fingerprints
 from falcon_qlora.models.folder import (
     copy_tokenizer,
     parameter_shapes,
@@ -115,6 +115,7 @@ def write_base(request: Preparation, folder: Path, *, at_block: Callable[[int], 
         },
         content=content,
         sums=sums.values(),
+        files={file.name: file_hash(file) for file in sorted(folder.iterdir())},
     )
     write_prepared(folder, prepared)
     return prepared

@@ -35,6 +35,7 @@ class Prepared:
         settings: how it was quantized: the values of the flags, and on which kind of device.
         content: `content_hash` of the folder as it was written.
         sums: name of a stored tensor → `Sums.of` its bytes.
+        files: name of a file in the folder → `file_hash` of it; None from releases that did not record it.
     """
 
     origin: str
@@ -43,6 +44,7 @@ class Prepared:
     settings: Mapping[str, Any]
     content: str
     sums: Mapping[str, int]
+    files: Mapping[str, str] | None = None
 
 
 def write_prepared(folder: Path, prepared: Prepared) -> None:
@@ -70,6 +72,7 @@ def read_prepared(folder: Path | None) -> Prepared | None:
     kinds = {"origin": str, "fingerprints": list, "settings": dict, "content": str, "sums": dict}
     fits = all(isinstance(record.get(name), kind) for name, kind in kinds.items())
     fits = fits and isinstance(record.get("revision"), str | None)
+    fits = fits and isinstance(record.get("files"), dict | None)
     fits = (
         fits and len(record["fingerprints"]) > 0 and all(isinstance(n, str) for n in record["fingerprints"])
     )

@@ -44,6 +44,10 @@ def load_tokenizer(
             )
             tokenizer("Try it out.", add_special_tokens=False)
     except Exception as error:  # tokenizers' errors have no class of their own, and odd values raise any
+        if not (folder / "tokenizer.json").is_file():
+            raise UserError(
+                f"{name} has no tokenizer.json: name a folder or model that has, with --tokenizer_name_or_path"
+            ) from None
         reason = first_line(error)
         raise UserError(
             f"the tokenizer of {name} cannot be loaded: {reason}. Give a folder that holds a whole "

@@ -42,11 +42,12 @@ def rewrite(base: Path, **changed: Any) -> None:
     write_prepared(base, replace(told, **changed))
 
 
-def edit(base: Path, name: str, value: Any) -> None:
-    """Change the record by hand."""
-    told = json.loads((base / PREPARED).read_text())
+def edit(base: Path, name: str, value: Any, *, file: str = PREPARED) -> None:
+    """Change the record, or another file, by hand; None removes the value."""
+    told = json.loads((base / file).read_text())
     assert told[name] != value
-    (base / PREPARED).write_text(json.dumps(told | {name: value}, indent=2))
+    told = told | {name: value} if value is not None else {key: told[key] for key in told if key != name}
+    (base / file).write_text(json.dumps(told, indent=2))
 
 
 def prepare(*words: str | Path) -> int:
@@ -253,11 +254,18 @@ CHANGES: dict[str, Callable[[Path], object]] = {
     "config": lambda base: (base / "config.json").write_text(
         (base / "config.json").read_text().replace("10000.0", "10001.0")
     ),
+    "not quantized": lambda base: edit(base, "quantization_config", None, file="config.json"),
     "record": lambda base: (base / PREPARED).write_text("{}"),
     "origin": lambda base: edit(base, "origin", "tiiuae/falcon-7b"),
     "revision": lambda base: edit(base, "revision", "main"),
     "device": lambda base: edit(base, "settings", {"quantize_mode": "4bit"}),
     "checksum": lambda base: edit(base, "sha256", None),
+}
+
+
+FILES = {
+    "model.safetensors": [CHANGES[name] for name in ("a bit", "cut", "longer", "of the other")],
+    "config.json": [CHANGES[name] for name in ("config", "not quantized")],
 }
 
 
@@ -273,7 +281,13 @@ def test_a_folder_that_was_changed_is_refused(
     told = refused(capsys, "generate", "-m", tmp_path / "4bit", "--prompt", "x")
     assert "changed or damaged since" in told or "is damaged" in told
     assert cli.main(["inspect", str(tmp_path / "4bit")]) != 0
-    assert "damaged" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "damaged" in said
+    assert said.count("fault:") == 1
+    kind = "model.safetensors" if change in FILES["model.safetensors"] else "config.json"
+    if change in (*FILES["model.safetensors"], *FILES["config.json"]):
+        assert f"4bit: {kind} is not as prepare wrote it" in told
+        assert f"4bit: {kind} is not as prepare wrote it" in said
 
 
 def test_a_record_of_an_older_release_opens(
@@ -281,7 +295,7 @@ def test_a_record_of_an_older_release_opens(
 ) -> None:
     base = Path(shutil.copytree(folder / "4bit", tmp_path / "4bit"))
     old = json.loads((base / PREPARED).read_text())
-    del old["sha256"]
+    del old["sha256"], old["files"]
     (base / PREPARED).write_text(json.dumps(old | {"format": 1}))
     assert model_fingerprint(str(base)) == model_fingerprint(str(folder / "base"))
     words = ["--prompt", "x", "--max_new_tokens", "2"]
@@ -350,6 +364,20 @@ def test_tokenizer_generation_config_and_template_come_along(
         assert (tmp_path / "out" / name).read_bytes() == (base / name).read_bytes()
     assert json.loads((tmp_path / "out/generation_config.json").read_text())["eos_token_id"] == [0, 5]
     assert cli.main(["generate", "-m", str(tmp_path / "out"), "--prompt", "x", "--max_new_tokens", "2"]) == 0
+
+
+@pytest.mark.parametrize("others", [[], ["tokenizer_config.json"], [PREPARED]])
+def test_without_its_tokenizer_a_base_is_not_whole(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], others: list[str]
+) -> None:
+    base = Path(shutil.copytree(folder / "4bit", tmp_path / "4bit"))
+    for name in ("tokenizer.json", *others):
+        (base / name).unlink()
+    capsys.readouterr()
+    assert cli.main(["inspect", str(base)]) == 2
+    assert f"fault: {base} has no tokenizer.json" in capsys.readouterr().out
+    told = refused(capsys, "generate", "-m", base, "--prompt", "x")
+    assert told.startswith(f"{base} has no tokenizer.json: name a ")
 
 
 def test_inspect_knows_it(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
