@@ -11,8 +11,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from falcon_qlora.checkpoint import manifest
 from falcon_qlora.common.errors import UserError
+from falcon_qlora.common.record_files import AUTO, LATEST
 from falcon_qlora.config import Configuration, DataArguments
+from falcon_qlora.config.parser import FLAG
 from falcon_qlora.data.formats import AUTO, BY_FORMAT, resolve_template
 from falcon_qlora.data.rendering import render
 from falcon_qlora.data.selection import is_fraction
@@ -20,12 +23,13 @@ from falcon_qlora.data.settings import RowSettings
 from falcon_qlora.data.sources import LocalSource, Source, find_source
 from falcon_qlora.data.templates import TEMPLATES, TOKENIZER, Template, get_template
 from falcon_qlora.inference.base_and_adapter import adapter_folder
-from falcon_qlora.methods.adapter_folder import read_adapter, read_record
+from falcon_qlora.methods.adapter_folder import RECORD, read_adapter, read_record
 from falcon_qlora.methods.open_adapter import check_is_there
 from falcon_qlora.methods.table import is_whole
 from falcon_qlora.models.checkpoints import RANDOM, check_preset
 from falcon_qlora.models.locate import find_outline, is_on_hub
 from falcon_qlora.run_folder.choose import choose
+from falcon_qlora.run_folder.directory import RunDirectory
 from falcon_qlora.training.held_out import NAME_ANOTHER
 from falcon_qlora.training.rows import row_settings
 
@@ -40,6 +44,8 @@ def look(configuration: Configuration) -> None:
     """
     model, run, method = configuration.model, configuration.run, configuration.method
     _look_at_output(configuration)
+    if run.resume:
+        _look_at_recorded(configuration)
     if run.adapter is not None and not run.resume:
         _look_at_adapter(run.adapter, base_is_named="model_name_or_path" in configuration.explicit)
     if run.adapter is None or "model_name_or_path" in configuration.explicit:
@@ -65,6 +71,26 @@ def _look_at_output(configuration: Configuration) -> None:
         make=False,
         dry_run=run.dry_run,
     )
+
+
+def _look_at_recorded(configuration: Configuration) -> None:
+    """Refuse a run to resume whose base or tokenizer is a folder that is gone, unless a flag names another."""
+    model, run, explicit = configuration.model, configuration.run, configuration.explicit
+    directory = Path(str(run.output_dir if run.resume in (LATEST, AUTO) else run.resume))
+    is_checkpoint = directory.parent.name == "checkpoints"
+    steps = [] if is_checkpoint else manifest.step_folders(RunDirectory(directory).checkpoints)
+    folder = steps[-1][1] if steps else directory
+    record = read_record(folder) if (folder / RECORD).is_file() else {}
+    for setting, flag, what in _RECORDED:
+        name = getattr(model, setting)
+        if name is not None and explicit.get(setting) != FLAG:
+            check_is_there(name, what, record, folder, say_so=f"{flag} FOLDER")
+
+
+_RECORDED = (
+    ("model_name_or_path", "-m", "base model"),
+    ("tokenizer_name_or_path", "--tokenizer_name_or_path", "tokenizer"),
+)
 
 
 def _look_at_adapter(name: str, *, base_is_named: bool) -> None:

@@ -152,7 +152,7 @@ def file_hash(file: Path) -> str:
 
 
 def changed_files(folder: Path, prepared: Prepared) -> list[str]:
-    """The names of a prepared base's files that are missing or not as they were written, as far as recorded."""
+    """The names of a prepared base's recorded files that are missing, or not as they were written."""
     return [
         name
         for name, told in (prepared.files or {}).items()

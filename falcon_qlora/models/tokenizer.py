@@ -46,7 +46,7 @@ def load_tokenizer(
     except Exception as error:  # tokenizers' errors have no class of their own, and odd values raise any
         if not (folder / "tokenizer.json").is_file():
             raise UserError(
-                f"{name} has no tokenizer.json: name a folder or model that has, with --tokenizer_name_or_path"
+                f"{name} has no tokenizer.json: name a folder that has one with --tokenizer_name_or_path"
             ) from None
         reason = first_line(error)
         raise UserError(

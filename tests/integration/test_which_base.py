@@ -218,6 +218,15 @@ def test_a_folder_that_is_gone_is_said_to_be_and_not_looked_for_on_the_hub(
         assert f"recorded in {run}/adapter, is gone; give --model_name_or_path FOLDER" in said
     with pytest.raises(UserError, match=rf"The base model folder {name}.*, is gone; give -m FOLDER"):
         falcon_qlora.train(resume=run, max_steps=3)
+    newest = max((run / "checkpoints").glob("step-*"))
+    for resumed in (["--output_dir", str(run), "--resume"], ["--resume", str(run)], ["--resume", str(newest)]):
+        assert cli.main(["train", *resumed, "--max_steps", "3"]) == 2
+        said = capsys.readouterr().err
+        assert f"error: The base model folder {name}" in said
+        assert f"recorded in {newest}, is gone; give -m FOLDER" in said
+    named = ["-m", "/no/such", "--tokenizer_name_or_path", "tiny"]
+    assert cli.main(["train", "--resume", str(run), *named, "--max_steps", "3"]) == 2
+    assert "There is no folder '/no/such'" in capsys.readouterr().err
     with pytest.raises(UserError, match=rf"The base model folder {name}.*, is gone; give"):
         falcon_qlora.train(adapter=run, dataset_name=folder / "rows.jsonl", output_dir="n", report_to="none")
     assert not asked
