@@ -12,8 +12,8 @@ from types import SimpleNamespace
 from typing import Any
 
 from falcon_qlora.checkpoint import manifest
+from falcon_qlora.common import record_files
 from falcon_qlora.common.errors import UserError
-from falcon_qlora.common.record_files import AUTO, LATEST
 from falcon_qlora.config import Configuration, DataArguments
 from falcon_qlora.config.parser import FLAG
 from falcon_qlora.data.formats import AUTO, BY_FORMAT, resolve_template
@@ -74,9 +74,10 @@ def _look_at_output(configuration: Configuration) -> None:
 
 
 def _look_at_recorded(configuration: Configuration) -> None:
-    """Refuse a run to resume whose base or tokenizer is a folder that is gone, unless a flag names another."""
+    """Refuse to resume a run whose base or tokenizer is a folder that is gone, where no flag names it."""
     model, run, explicit = configuration.model, configuration.run, configuration.explicit
-    directory = Path(str(run.output_dir if run.resume in (LATEST, AUTO) else run.resume))
+    by_folder = (record_files.LATEST, record_files.AUTO)
+    directory = Path(str(run.output_dir if run.resume in by_folder else run.resume))
     is_checkpoint = directory.parent.name == "checkpoints"
     steps = [] if is_checkpoint else manifest.step_folders(RunDirectory(directory).checkpoints)
     folder = steps[-1][1] if steps else directory

@@ -219,7 +219,11 @@ def test_a_folder_that_is_gone_is_said_to_be_and_not_looked_for_on_the_hub(
     with pytest.raises(UserError, match=rf"The base model folder {name}.*, is gone; give -m FOLDER"):
         falcon_qlora.train(resume=run, max_steps=3)
     newest = max((run / "checkpoints").glob("step-*"))
-    for resumed in (["--output_dir", str(run), "--resume"], ["--resume", str(run)], ["--resume", str(newest)]):
+    for resumed in (
+        ["--output_dir", str(run), "--resume"],
+        ["--resume", str(run)],
+        ["--resume", str(newest)],
+    ):
         assert cli.main(["train", *resumed, "--max_steps", "3"]) == 2
         said = capsys.readouterr().err
         assert f"error: The base model folder {name}" in said
