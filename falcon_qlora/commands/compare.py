@@ -17,8 +17,9 @@ from typing import Any
 from falcon_qlora import config
 from falcon_qlora.checkpoint import manifest
 from falcon_qlora.commands.first_look import look
+from falcon_qlora.commands.opening import note_aside
 from falcon_qlora.commands.words import split
-from falcon_qlora.common.errors import EXIT_BUG, EXIT_USER_ERROR, UserError, printable
+from falcon_qlora.common.errors import EXIT_BUG, EXIT_USER_ERROR, UserError, one_line, printable
 from falcon_qlora.common.files import quoted
 from falcon_qlora.common.record_files import LATEST
 from falcon_qlora.common.settings import setting
@@ -115,6 +116,8 @@ def _train_all(given: dict[str, Any]) -> int:
     if not overwrite:
         _check_earlier(folder, runs)
     published = _has_shapes_of_7b(planned[0])
+    for name, reason in refused.items():
+        note_aside(f"{name} will not be run: {one_line(reason)}")
     if differences:
         print("Each run is what train makes of these flags, but for:")
         print("\n".join(f"- {line}" for line in differences), flush=True)

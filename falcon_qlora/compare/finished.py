@@ -47,11 +47,14 @@ def _holds_figures(folder: Path) -> bool:
 
 
 def _near(folder: Path) -> Iterator[Path]:
-    """Some of the runs in this folder, around it and in the default folder; the newest of each come first."""
+    """Some of the runs in and beside this folder, around it and in the default one; newest of each first."""
     count = 0
-    for place in (folder, folder / RUNS, folder.parent, folder.parent.parent, RUNS.resolve()):
+    # Two up lies the run of a checkpoint; what is beside that may be others'.
+    alone = folder.parent.parent
+    for place in (folder, folder / RUNS, folder.parent, alone, RUNS.resolve()):
         with contextlib.suppress(OSError):  # a folder that this user may not read
-            found = [entry for entry in (place, *place.glob("*")) if _holds_figures(entry)]
+            inside = [] if place == alone else place.glob("*")
+            found = [entry for entry in (place, *inside) if _holds_figures(entry)]
             found.sort(key=lambda entry: entry.stat().st_mtime, reverse=True)
             yield from found[: max(_NAMED_NEARBY - count, 0)]
             count += len(found)

@@ -310,18 +310,19 @@ def test_each_seed_has_its_folder_and_the_first_is_as_without(tmp_path: Path) ->
 def test_a_stop_ends_with_what_there_is_and_how_to_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = "-m tiny --eval_split 0.1"
+    words = "-m tiny --eval_split 0.1 -q 16bit"
     (adapter, _), _ = planned(words, names=["adapter", "full"])
     folder = make_run(tmp_path / "runs" / "adapter", speeds=[100], gpus=1, evaluations={0: 3.0, 1: 1.5})
     RunDirectory(folder).write_config(adapter.configuration.resolved())
     for draw in ("draw_bars", "draw_curves"):  # what is drawn, test_report says
         monkeypatch.setattr(report.charts, draw, lambda *args, **kwargs: None)
-    flags = ["--methods", "adapter,full", *words.split(), "--output_dir", str(tmp_path)]
+    flags = ["--methods", "adapter,full,qlora", *words.split(), "--output_dir", str(tmp_path)]
     for status in (75, 130):  # of train: saved, or at once
         monkeypatch.setattr(compare._Child, "run", lambda self, command, status=status: (status, []))
         assert compare.main(flags) == status
-        output = capsys.readouterr().out
+        output, aside = capsys.readouterr()
         assert "| evaluation loss after | 1.5000 |" in output
+        assert "note: qlora will not be run: QLoRA is LoRA on a quantized base" in aside
         assert output.endswith(f"Stopped. The same command with --output_dir {tmp_path} goes on here.\n")
     assert "1.5000" in (tmp_path / "comparison.md").read_text()
 

@@ -266,6 +266,8 @@ def test_runs_are_compared_that_have_no_summary_and_that_are_of_before(
     [
         (["typo"], "typo holds no run .*; runs nearby: (adapter, full|full, adapter)$"),
         (["full", "adapter/checkpoints"], "adapter/checkpoints holds no run .*; runs nearby: adapter"),
+        (["adapter/checkpoints/step-2"], "step-2 holds no run .*; runs nearby: adapter$"),
+        (["not_mine/typo"], "not_mine/typo holds no run .*; there are none nearby$"),
         (["adapter", "full", "./adapter"], "adapter is given twice"),
     ],
 )
