@@ -48,7 +48,10 @@ def main(argv: list[str]) -> int:
 
     folder = opened(argv[0], "inspect", whole=True) if is_address(argv[0]) else Path(argv[0])
     if folder.is_file():
-        raise UserError(f"{argv[0]}: this is a file; name the folder that it lies in")
+        raise UserError(
+            f"{argv[0]}: this is a file; name the folder of its run or model, or have rows shown by "
+            "falcon-qlora data --dataset_name FILE"
+        )
     if not folder.is_dir():
         raise UserError(f"{argv[0]}: there is no such folder")
     say_loading(aside=True)

@@ -33,7 +33,7 @@ from falcon_qlora.run_folder.directory import RunDirectory
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-_NAMED = 8  # of runs in a folder
+_NAMED = 8  # of runs or checkpoints in a folder
 _STATE = "trainer_state.json"
 _LARGEST_BESIDE_BYTES = 2**30  # of a file beside a merge's weights
 # What a checkpoint's torch files may hold besides tensors: NumPy's random states.
@@ -123,10 +123,12 @@ def inspect_folder(folder: Path) -> Inspection:
         return found
     if RunDirectory(folder).holds_run():
         return _run(RunDirectory(folder))
-    runs = sorted(str(each) for each in folder.glob("*") if RunDirectory(each).holds_run())[:_NAMED]
+    steps = [str(each) for _, each in manifest.step_folders(folder)]
+    runs = sorted(str(each) for each in folder.glob("*") if RunDirectory(each).holds_run())
     raise UserError(
         f"{folder}: no run, checkpoint, adapter, merge or model lies there"
-        + (f". Runs in it: {', '.join(runs)}" if runs else "")
+        + (f". Checkpoints in it: {', '.join(steps[-_NAMED:])}" if steps else "")
+        + (f". Runs in it: {', '.join(runs[:_NAMED])}" if runs else "")
     )
 
 

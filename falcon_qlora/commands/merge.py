@@ -47,8 +47,10 @@ class MergeArguments:
 
     _argument_group_name = "Merge"
 
-    adapter: str | None = setting(None, "Folder of a trained adapter, or of the run that made it.")
-    out: str | None = setting(None, "Folder to write; must not exist.")
+    adapter: str | None = setting(
+        None, "Folder of a trained adapter, or of the run that made it.", needed=True
+    )
+    out: str | None = setting(None, "Folder to write; must not exist.", needed=True)
     base: Literal["auto", "16bit", "dequantized"] = setting(
         "auto",
         "Merge onto the original base, or onto what its quantized weights stand for; auto: both, and keep "

@@ -59,6 +59,7 @@ class Setting:
         decisive: a run resumed with another value would be another run.
         alternative: name of a setting that replaces it. Of the two, the one from the higher layer (flag,
             file, recipe) unsets the other.
+        needed: its command does nothing without it.
         in_weights: for a method: with another value, its trained weights would differ or compute something
             else.
     """
@@ -83,6 +84,7 @@ class Setting:
     label: str = "{}"
     decisive: bool = False
     alternative: str | None = None
+    needed: bool = False
     in_weights: bool = True
 
     def read(self, value: Any, where: str) -> Any:
@@ -148,7 +150,8 @@ class Setting:
             value = "no" if value is False and "no" in (self.choices or ()) else str(value).lower()
         text = str(value)
         if self.kind is str and not text.strip() and self.default != "":  # a shell's variable that is not set
-            raise UserError(f"{where}: the value is empty; leave it out, or give {self.takes}")
+            advice = "" if self.needed else "leave it out, or "
+            raise UserError(f"{where}: the value is empty; {advice}give {self.takes}")
         if self.optional and not self.is_list and self.kind is not str and text.lower() in ("none", "null"):
             return None
         try:

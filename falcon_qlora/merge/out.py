@@ -65,11 +65,12 @@ def check_out(out: Path, *, overwrite: bool, kind: Kind = MERGE) -> None:
         raise UserError(f"{kind.flag} {out}: cannot write there ({error.strerror})") from None
     if not out.exists():
         return
+    if not out.is_dir() or (any(out.iterdir()) and not (out / kind.mark).is_file()):
+        raise UserError(
+            f"{kind.flag} {out}: exists already and is not a {kind.what}; name another folder"
+            + ", as --overwrite does not replace it" * overwrite
+        )
     if not overwrite:
         raise UserError(
             f"{kind.flag} {out}: exists already. Name another folder, or replace it (--overwrite)"
-        )
-    if not out.is_dir() or (any(out.iterdir()) and not (out / kind.mark).is_file()):
-        raise UserError(
-            f"{kind.flag} {out}: not a {kind.what}, which --overwrite does not replace; name another folder"
         )
