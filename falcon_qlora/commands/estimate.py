@@ -266,7 +266,7 @@ def _tell(
     configuration: Configuration, estimator: Estimator, card: Card | None, length: Length | None
 ) -> None:
     from falcon_qlora.models.layouts import layout_of
-    from falcon_qlora.terminal.console import console, print_plain
+    from falcon_qlora.terminal.console import console, print_plain, print_columns
 
     settings, run, out = configuration.model, configuration.run, console()
     gpus = counted(estimator.processes, "GPU")
@@ -287,7 +287,7 @@ def _tell(
         print_plain(f"CPU memory of each process, page-locked: {found.host_bytes / GIB:.2f} GiB")
     print_plain("")
     if card is None:
-        out.print(_cards(estimator, length))
+        print_columns(_cards(estimator, length))
     else:
         _tell_card(estimator, card, found)
     print_plain("")
@@ -311,7 +311,7 @@ def _told_length(epochs: float | None, length: Length) -> str:
 
 def _tell_card(estimator: Estimator, card: Card, found: Estimate) -> None:
     from falcon_qlora.models.step_memory import USABLE_SHARE
-    from falcon_qlora.terminal.console import console, print_plain
+    from falcon_qlora.terminal.console import print_plain, print_columns
 
     has = f"{card.title} ({card.gib:g} GiB usable)"
     largest = _largest(estimator, card)
@@ -337,7 +337,7 @@ def _tell_card(estimator: Estimator, card: Card, found: Estimate) -> None:
             "" if speed is None else f"{speed:,.0f}",
         )
     print_plain("")
-    console().print(table)
+    print_columns(table)
     if any(largest.values()):
         print_plain(
             "These fill the card; --batch_tokens auto and --checkpointing auto leave "

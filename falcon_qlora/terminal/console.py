@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import lru_cache
-from textwrap import indent
+from textwrap import indent, wrap
 from threading import Timer
 from typing import IO, Any
 
@@ -28,6 +28,8 @@ from falcon_qlora.terminal.notebook import in_notebook
 from falcon_qlora.terminal.output import below
 
 _LABEL_WIDTH = 11
+_NARROWEST_TABLE = 79  # columns of a terminal
+_TIED = "\u00a0"  # where `wrap` does not break a line
 _MUCH_WAITING = 0.05  # of a step
 _PATIENCE_SECONDS = 5.0
 
@@ -264,6 +266,23 @@ def _print_rows(title: str, rows: Sequence[tuple[str, str]]) -> None:
 def print_plain(line: str) -> None:
     """Print `line` as one line: no markup, no wrapping."""
     console().print(Text(printable(line)), soft_wrap=True)
+
+
+def print_columns(table: Table) -> None:
+    """Print a table; in a narrow terminal each row as a few lines of what its columns say of it."""
+    out = console()
+    if out.width >= _NARROWEST_TABLE:
+        out.print(table)
+        return
+    heads = [str(column.header) for column in table.columns]
+    print_plain(f"{heads[0]}:")
+    for name, *cells in zip(*(column.cells for column in table.columns), strict=True):
+        print_plain(str(name))
+        told = [f"{head} {cell}" for head, cell in zip(heads[1:], cells, strict=True) if cell]
+        wide = out.width - 2
+        tied = (each.replace(" ", _TIED) if len(each) < wide else each for each in told)
+        for line in wrap(", ".join(tied), wide - 1):
+            print_plain(f"  {line.replace(_TIED, ' ')}")
 
 
 def joined(*parts: object) -> str:

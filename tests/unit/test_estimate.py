@@ -307,17 +307,31 @@ def test_full_fine_tuning_is_sharded_where_a_replica_does_not_fit(
     assert "zero3" in capsys.readouterr().err
 
 
-def test_a_narrow_terminal_cuts_no_figure(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("more", ["--gpu 4090", ""])
+def test_a_narrow_terminal_is_told_all_that_a_wide_one_is(
+    more: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "60")
-    console.cache_clear()
-    for more in ("--gpu 4090", ""):
-        assert main(["estimate", *f"-m random:falcon-7b --max_steps 3 {more}".split()]) == 0
-        told = capsys.readouterr().out
-        assert "…" not in told
-        assert re.search(r"\b3,\d\d\d\b", told)
-    console.cache_clear()
+    def told(columns: int) -> list[str]:
+        monkeypatch.setenv("COLUMNS", str(columns))
+        console.cache_clear()
+        assert main(["estimate", *f"-m random:falcon3-7b --max_steps 3 {more}".split()]) == 0
+        console.cache_clear()
+        return capsys.readouterr().out.splitlines()
+
+    wide = [re.split(" *[┃│] *", line.strip()) for line in told(120)]
+    heads = next(cells for cells in wide if len(cells) > 2)
+    rows = [cells for cells in wide if len(cells) > 2 and cells != heads]
+    assert len(rows) > 2
+    for columns in (40, 50, 60, 78):
+        lines = told(columns)
+        begin = lines.index(f"{heads[0]}:")
+        assert all(len(line) <= columns for line in lines[begin:] if line.startswith("  "))
+        text = " ".join(" ".join(lines[begin:]).split())
+        for name, *cells in rows:
+            told_of = ", ".join(f"{head} {cell}" for head, cell in zip(heads[1:], cells, strict=True) if cell)
+            assert f" {name} {told_of}" in text
+    for columns in (79, 80):
+        assert heads in [re.split(" *[┃│] *", line.strip()) for line in told(columns)]
 
 
 def test_parts_add_up_to_the_card(capsys: pytest.CaptureFixture[str]) -> None:
