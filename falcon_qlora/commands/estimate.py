@@ -266,7 +266,7 @@ def _tell(
     configuration: Configuration, estimator: Estimator, card: Card | None, length: Length | None
 ) -> None:
     from falcon_qlora.models.layouts import layout_of
-    from falcon_qlora.terminal.console import console, print_plain, print_columns
+    from falcon_qlora.terminal.console import console, print_columns, print_plain
 
     settings, run, out = configuration.model, configuration.run, console()
     gpus = counted(estimator.processes, "GPU")
@@ -311,7 +311,7 @@ def _told_length(epochs: float | None, length: Length) -> str:
 
 def _tell_card(estimator: Estimator, card: Card, found: Estimate) -> None:
     from falcon_qlora.models.step_memory import USABLE_SHARE
-    from falcon_qlora.terminal.console import print_plain, print_columns
+    from falcon_qlora.terminal.console import print_columns, print_plain
 
     has = f"{card.title} ({card.gib:g} GiB usable)"
     largest = _largest(estimator, card)

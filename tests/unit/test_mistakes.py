@@ -133,7 +133,7 @@ ROWS = "-m tiny --dataset_name rows.jsonl"
         ("inspect .", ["no run, checkpoint, adapter, merge or model lies there. Runs in it: begun, run"]),
         ("inspect begun/checkpoints", ["model lies there. Checkpoints in it: begun/checkpoints/step-2"]),
         ("inspect rows.jsonl", ["this is a file; name", "rows shown by falcon-qlora data --dataset_name"]),
-        ("prepare -m tiny --output_dir whole", ["whole: exists already and is not a prepared base; name"]),
+        ("prepare -m tiny --output_dir whole", ["whole: exists already and is not a prepared base"]),
         ("generate --adapter begun --prompt x", ["give its checkpoint begun/checkpoints/step-2"]),
         (f"data {ROWS} --eval_split validation", ["--eval_split: 'validation' is no", "split:validation"]),
         ("data -m tiny --dataset_name row.jsonl", ["file not found: row.jsonl (did you mean rows.jsonl?)"]),
