@@ -116,8 +116,8 @@ def _train_all(given: dict[str, Any]) -> int:
     if not overwrite:
         _check_earlier(folder, runs)
     published = _has_shapes_of_7b(planned[0])
-    for name, reason in refused.items():
-        note_aside(f"{name} will not be run: {one_line(reason)}")
+    for name, why_not in refused.items():
+        note_aside(f"{name} will not be run: {one_line(why_not)}")
     if differences:
         print("Each run is what train makes of these flags, but for:")
         print("\n".join(f"- {line}" for line in differences), flush=True)
