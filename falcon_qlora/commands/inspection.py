@@ -331,7 +331,8 @@ def _model(folder: Path) -> Inspection:
     if prepared is not None:
         found.add("prepared from", prepared.origin)
         found.collect(_changed_since_prepared(folder, prepared))
-    elif (folder / "tokenizer_config.json").is_file() and not (folder / "tokenizer.json").is_file():
+    has_tokenizer = (folder / "tokenizer_config.json").is_file()
+    if not found.faults and has_tokenizer and not (folder / "tokenizer.json").is_file():
         found.attempt(lambda: load_tokenizer(str(folder)))
     if not found.faults:
         found.collect(_tensor_faults(folder, config) if scheme is None else _quantized_faults(folder))

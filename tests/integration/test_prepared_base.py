@@ -302,6 +302,9 @@ def test_a_record_of_an_older_release_opens(
     assert cli.main(["generate", "-m", str(base), *words]) == 0
     assert cli.main(["inspect", str(base)]) == 0
     assert str(folder / "base") in capsys.readouterr().out
+    (base / "tokenizer.json").unlink()
+    assert cli.main(["inspect", str(base)]) == 2
+    assert f"{base} has no tokenizer.json" in capsys.readouterr().out
 
 
 def test_a_change_between_the_samples_of_a_large_file_is_found(
