@@ -64,7 +64,7 @@ class TrainerArguments:
     logging_strategy: Literal["no", "steps", "epoch"] = setting("steps", "When to log.")
     logging_steps: float = setting(
         10,
-        "Steps between two lines of metrics.jsonl, or a share of all; without a terminal some 50 are printed.",
+        "Steps between two lines of metrics.jsonl, or a share of all; without a terminal some 50 are shown.",
         above=0,
     )
     logging_first_step: bool = setting(False, "Log the first step too.")

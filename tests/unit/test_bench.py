@@ -183,8 +183,8 @@ def test_a_file_that_cannot_be_written_is_told_before_anything_else(
     file.write_text("no folder")
     for path, why in (
         (tmp_path, "this is a folder; name a file"),
-        (Path("/proc/x/records"), "cannot write there (No such file or directory)"),
-        (file / "records", "cannot write there (Not a directory)"),
+        (Path("/proc/x/records"), "cannot write there (No such file or directory); name another file"),
+        (file / "records", "cannot write there (Not a directory); name another file"),
     ):
         assert main(["bench", "--models", "tiny", *how, *SHORT, flag, str(path)]) == 2
         assert capsys.readouterr().err == f"error: {flag} {path}: {why}\n"
