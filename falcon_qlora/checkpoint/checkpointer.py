@@ -81,6 +81,7 @@ class Checkpointer:
     failure: str | None = field(default=None, init=False)
     # Whether a save is not settled yet, the same on all processes.
     _open: bool = field(default=False, init=False)
+    _goes_on: bool = field(default=True, init=False)  # after the newest save
     # With replicas, the main process alone uses the rest.
     _copies: HostCopies = field(default_factory=HostCopies, init=False)
     _thread: threading.Thread | None = field(default=None, init=False)
@@ -154,6 +155,7 @@ class Checkpointer:
         assert not self._open
         step, model = moment.step, moment.model
         self.saved_step, self._open, self._error = step, True, None
+        self._goes_on, self._trained = moment.goes_on, None
         self.start_clock()
         self._arrive(step, writes=ranks.is_main_process())
         if not is_sharded(model):
@@ -170,7 +172,7 @@ class Checkpointer:
     def settle(self, step: int) -> int | None:
         """Wait until the checkpoint being written is complete or has failed.
 
-        Every process calls this at the same places. The main process has printed any failure by then.
+        Every process calls this at the same places. If training goes on, a failure was printed by then.
 
         Args:
             step: that the run has reached.
@@ -257,10 +259,10 @@ class Checkpointer:
         except OSError as error:
             self._error = error
             write.remove_unfinished(self.folder)
-            note(
-                f"step {step:,}: the checkpoint could not be saved ({reason_of(error)}). The training goes "
-                "on until the next save; earlier checkpoints are untouched"
-            )
+            if self._goes_on:  # else the run's end tells
+                told = f"step {step:,}: the checkpoint could not be saved ({reason_of(error)})"
+                kept = "; earlier checkpoints are untouched" if self._whole_step >= 0 else ""
+                note(f"{told}. The training goes on until the next save{kept}")
         except AdapterFaultError as error:
             write.remove_unfinished(self.folder)
             self._error = UserError(write.not_kept(error, self.last_complete(), step=step))

@@ -36,6 +36,7 @@ class Moment:
         state: Transformers' record of the run; `best_model_checkpoint` is set if this step is the best.
         process: this process's own state, such as its random generators.
         cursor: where a stream's next step begins; None if there is no stream.
+        goes_on: whether training goes on after it.
     """
 
     model: nn.Module
@@ -45,6 +46,7 @@ class Moment:
     state: TrainerState
     process: dict[str, Any]
     cursor: Callable[[], dict[str, Any]] | None
+    goes_on: bool
 
     @property
     def step(self) -> int:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -17,6 +19,8 @@ from falcon_qlora.common.files import quoted
 from falcon_qlora.processes import agreement
 
 _REPLACED = "replaced-step-"
+# How an error of the system ends in one of Rust: "I/O error: File too large (os error 27)".
+_OF_RUST = re.compile(r"\(os error (\d+)\)")
 
 
 def require_same_replicas(tensors: Iterable[Tensor], last: Callable[[], str], *, step: int) -> str:
@@ -49,18 +53,21 @@ def not_kept(error: AdapterFaultError, last: str, *, step: int) -> str:
     return f"step {step:,}: what was saved failed its check and was not kept: {error}. {last}"
 
 
-def last_complete(checkpoints: Path, address: str | None) -> str:
+def last_complete(checkpoints: Path, address: str | None, *, how: str | None = None) -> str:
     """A sentence that names the last complete checkpoint, and how to go on from it.
 
     Args:
         checkpoints: the folder of a run's checkpoints.
         address: of the run, if it has one: by it the run goes on there too.
+        how: to go on, where the caller knows the whole command: the sentence ends with it.
     """
     whole, _ = newest_whole(checkpoints)
     if whole is None:
         return "There is no complete checkpoint."
     if not read_manifest(whole).get("resumable"):
         return f"The last complete checkpoint is {whole}, weights only: the run cannot be resumed."
+    if how is not None:
+        return f"The last complete checkpoint is {whole}: {how}"
     how = "resume it with --resume" if address is None else f"go on from it with --resume {quoted(address)}"
     return f"The last complete checkpoint is {whole}: {how}."
 
@@ -70,12 +77,13 @@ def disk_errors() -> Iterator[None]:
     """Turn what libraries raise on a full or failing disk into an OSError."""
     try:
         yield
-    except (SafetensorError, RuntimeError) as error:
-        raise OSError(0, first_line(error)) from error
     except Exception as error:
-        if type(error) is not Exception:
+        # The tokenizers library has no error class of its own.
+        if not isinstance(error, SafetensorError | RuntimeError) and type(error) is not Exception:
             raise
-        raise OSError(0, first_line(error)) from error  # the tokenizers library has no error class of its own
+        number = _OF_RUST.search(str(error))
+        told = os.strerror(int(number[1])) if number else first_line(error)
+        raise OSError(int(number[1]) if number else 0, told) from error
 
 
 def set_aside_after(checkpoints: Path, step: int) -> list[Path]:

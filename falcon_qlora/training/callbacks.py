@@ -9,11 +9,13 @@ import torch
 from transformers import DefaultFlowCallback, TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_utils import SaveStrategy
 
+from falcon_qlora.checkpoint.insist import until_written
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.processes import agreement, lookout, stop_signals
 from falcon_qlora.processes.stop_signals import Stopped
 from falcon_qlora.run_folder.directory import Backlog
 from falcon_qlora.terminal.console import note
+from falcon_qlora.training.loop_state import moment_of
 
 if TYPE_CHECKING:
     from falcon_qlora.training.trainer import FalconTrainer
@@ -62,13 +64,33 @@ class StepKeeper(DefaultFlowCallback):
         """
         if self._ending is None and not self._stopping:
             return
-        trainer, checkpointer = self._trainer, self._trainer.checkpointer
-        trainer.settle()
+        if self._ending is None and state.global_step >= state.max_steps:
+            return  # the adapter is what is kept
+        failure = self._settle_for_good(state)
         if self._ending is not None:
-            last = agreement.from_main_process(checkpointer.last_complete)
-            raise UserError(f"{self._ending}. {last}")
-        if state.global_step < state.max_steps:
-            raise Stopped(state.global_step, checkpointer.failure)
+            unsaved = "" if failure is None else f" The checkpoint of now could not be saved ({failure})."
+            last = agreement.from_main_process(self._trainer.checkpointer.last_complete)
+            raise UserError(f"{self._ending}.{unsaved} {last}")
+        raise Stopped(state.global_step, failure)
+
+    def _settle_for_good(self, state: TrainerState) -> str | None:
+        """Wait for the save after which the run ends, see `until_written`; why it failed, or None."""
+        trainer, checkpointer = self._trainer, self._trainer.checkpointer
+        best = state.best_metric, state.best_global_step, state.best_model_checkpoint
+
+        def again() -> str | None:
+            state.best_metric, state.best_global_step, state.best_model_checkpoint = best
+            checkpointer.save(moment_of(trainer))
+            trainer.settle()
+            return checkpointer.failure
+
+        trainer.meter.pause("saves")
+        trainer.settle()
+        if checkpointer.failure is None:
+            return None
+        step = state.global_step
+        told = f"step {step:,}: the checkpoint could not be saved"
+        return until_written(checkpointer, checkpointer.failure, again, step=step, told=told)
 
     def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if torch.cuda.is_available():

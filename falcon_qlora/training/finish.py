@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from falcon_qlora.checkpoint.adapter_check import AdapterFaultError, Reopened, check_opening, check_tensors
+from falcon_qlora.checkpoint.insist import until_written
 from falcon_qlora.checkpoint.manifest import write_manifest
 from falcon_qlora.checkpoint.write import disk_errors, last_complete, not_kept, require_same_replicas
 from falcon_qlora.common.errors import UserError, reason_of
@@ -49,8 +49,6 @@ if TYPE_CHECKING:
 # How long a mirror may take to upload the rest: at an error; at a stop, for which one or two minutes are
 # usual; and at the end, without anything being uploaded.
 FAILING_SECONDS, _STOP_SECONDS, _END_SECONDS = 15.0, 60.0, 300.0
-# Before a disk that failed is tried again.
-_PAUSE_SECONDS = 3.0
 
 
 def finish(
@@ -143,6 +141,7 @@ def finish(
         trainer,
         lambda folder: describe_adapter(folder, figures),
         meanwhile=lambda: directory.draw_loss(title=title, kept=trainer.kept_step),
+        tries_again=not run.dry_run,
     )
     endings.forget_siblings()
     lookout.end()
@@ -206,11 +205,13 @@ def _keep_adapter(
     describe_adapter: Callable[[Path], None],
     *,
     meanwhile: Callable[[], None],
+    tries_again: bool,
 ) -> Reopened | None:
-    """Write the adapter's folder; if the disk fails, retry once after a pause.
+    """Write the adapter's folder; if the disk fails, see `until_written`.
 
     Args:
         meanwhile: work of the main process for the time until the last checkpoint is written.
+        tries_again: whether what was trained is worth it.
 
     Returns:
         On the main process, what the adapter, opened again, computes.
@@ -245,7 +246,11 @@ def _keep_adapter(
                     meanwhile()
                     for each in (described, *flushed):
                         each.result()
-                trainer.checkpointer.require_kept()
+                unsaved = trainer.checkpointer.require_kept()
+            if unsaved is not None:
+                console.note(
+                    f"step {step:,}: the checkpoint could not be saved ({unsaved}); the adapter is whole"
+                )
         except OSError as error:
             if is_sharded(model) and not took_part:
                 take_part(model)  # the other processes do
@@ -257,17 +262,29 @@ def _keep_adapter(
             raise UserError(told) from None
         return None
 
-    for tries_left in (1, 0):
+    def attempt() -> str | None:
         if not ranks.is_main_process():
             take_part(model) if is_sharded(model) else follow(model)
-        failure = agreement.from_main_process(write)
-        if failure is None:
-            return reopened
-        if tries_left:
-            console.note(f"the adapter could not be written ({failure}); retrying in {_PAUSE_SECONDS:g} s")
-            time.sleep(_PAUSE_SECONDS)
-    last = agreement.from_main_process(trainer.checkpointer.last_complete)
-    raise UserError(f"all steps are done, but {directory.adapter} could not be written ({failure}). {last}")
+        return agreement.from_main_process(write)
+
+    failure = attempt()
+    told = f"all steps are done, but {directory.adapter} could not be written"
+    if failure is not None and tries_again:
+        step = trainer.state.global_step
+        failure = until_written(trainer.checkpointer, failure, attempt, step=step, told=told)
+    if failure is not None:
+        raise UserError(f"{told} ({failure}). {_where_to_go_on(directory)}")
+    return reopened
+
+
+def _where_to_go_on(directory: RunDirectory) -> str:
+    """A sentence on what a run that could not save its end has left, and what to do."""
+
+    def tell() -> str:
+        how = f"make room there, and go on {how_to_go_on(directory)}"
+        return last_complete(directory.checkpoints, directory.address, how=how)
+
+    return agreement.from_main_process(tell)
 
 
 def _wall_clock(trainer: FalconTrainer) -> dict[str, Any]:
@@ -359,7 +376,7 @@ def stop(
         directory.draw_loss()
     where = f"stopped at step {stopped.step:,} of {steps:,}"
     if stopped.failure is not None:
-        last = agreement.from_main_process(lambda: last_complete(directory.checkpoints, directory.address))
+        last = _where_to_go_on(directory)
         raise UserError(f"{where}, but the checkpoint could not be saved ({stopped.failure}). {last}")
     if not resumable:
         kept = directory.checkpoints / f"step-{stopped.step}"

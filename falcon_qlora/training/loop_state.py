@@ -36,6 +36,7 @@ def moment_of(trainer: FalconTrainer) -> Moment:
             **trainer.step.state(),
         },
         cursor=trainer.share.cursor,
+        goes_on=not trainer.control.should_training_stop,
     )
 
 

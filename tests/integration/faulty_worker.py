@@ -25,6 +25,7 @@
     {"do": "disk", "step": 4, "bytes": 100000}                    no file can be larger while step 4 is saved
     {"do": "full", "bytes": 100000, "times": 1}                   so often while the adapter is written
     {"do": "room", "bytes": 1000000}                              so much is free on the disk before the run
+    {"do": "patience", "seconds": 0.2}                            before a run with no checkpoint tries again
     {"do": "hang", "step": 3, "rank": 1}                          sleeps; "stopped": by SIGSTOP
     {"do": "write_hangs", "step": 4}                              no answer from the disk, saving step 4
 
@@ -51,7 +52,7 @@ from typing import Any
 
 import torch
 
-from falcon_qlora.checkpoint import checkpointer, content
+from falcon_qlora.checkpoint import checkpointer, content, insist
 from falcon_qlora.checkpoint.checkpointer import Checkpointer
 from falcon_qlora.models.tokenizer import load_tokenizer
 from falcon_qlora.processes import ranks, stop_signals
@@ -275,6 +276,8 @@ def faulty_load(*arguments: Any, **named: Any) -> Any:
     return load(*arguments, **named)
 
 
+for patience in faults("patience"):
+    insist.PATIENT_SECONDS = patience["seconds"]
 if rooms := faults("room"):
     shutil.disk_usage = lambda path: SimpleNamespace(free=rooms[0]["bytes"])  # type: ignore[assignment,misc]
 

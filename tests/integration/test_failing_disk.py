@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import re
+import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,10 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from falcon_qlora.checkpoint import insist, write
 from falcon_qlora.methods.lora import Lora
 from falcon_qlora.run_folder.directory import RunDirectory
-from falcon_qlora.training import finish
-from tests.integration.interrupted import ROWS, SETTINGS, at_work, run
+from tests.integration.interrupted import NEVER_SAVING, ROWS, SETTINGS, at_work, run
 from tests.integration.runs import metrics, room_for
 from tests.integration.test_adapter import fine_tune
 from tests.integration.test_sharded_interruption import SHARDED
@@ -47,7 +49,7 @@ def test_a_disk_that_fails_for_a_while_costs_nothing(
             (folder.parent / name / "in the way").mkdir(parents=True)
 
     monkeypatch.setattr(Lora, "save", save_and_be_in_the_way)
-    monkeypatch.setattr(finish, "_PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr(insist, "PATIENT_SECONDS", 0.0)
     (tmp_path / "run" / "samples.jsonl").mkdir(parents=True)
     folder = fine_tune(tmp_path, logging_steps=1, save_strategy="no", generate_samples=1, eval_split=0.3)
     assert [line["step"] for line in metrics(folder)] == [1, 2, 3]
@@ -56,7 +58,7 @@ def test_a_disk_that_fails_for_a_while_costs_nothing(
     for what in (
         "metrics.jsonl cannot",
         "samples.jsonl cannot",
-        "the adapter could not",
+        "run/adapter could not be written (",
         "summary.json",
         "loss",
     ):
@@ -76,16 +78,62 @@ def test_an_adapter_that_cannot_be_written_is_by_going_on(
         status, output, errors = run(processes, "--output_dir", "run", faults=[full], settings=settings)
         last = f"run/checkpoints/step-{steps}"
         assert status == 2
-        assert re.fullmatch(
+        found = re.fullmatch(
             rf"error: all steps are done, but run/adapter could not be written \(.+\)\. The last complete "
-            rf"checkpoint is {last}: resume it with --resume\.\n",
+            rf"checkpoint is {last}: make room there, and go on with:  falcon-qlora (train .*)\n",
             errors,
         )
+        assert found is not None, errors
         assert output.count("retrying in") == 1
         folder = processes.folder / "run"
         assert [path.name for path in folder.glob("*adapter*")] == []
-        status, _, errors = run(processes, "--output_dir", "run", "--resume", settings=settings)
-        assert (status, errors) == (0, "")
+        process = processes.start("falcon_qlora", *shlex.split(found[1]))
+        _, errors = process.communicate(timeout=240)
+        assert (process.returncode, errors) == (0, "")
         whole, kept = (load_file(path / weights) for path in (folder / "adapter", processes.folder / last))
         assert whole.keys() == kept.keys()
         assert all(torch.equal(whole[name], kept[name]) for name in kept)
+
+
+def test_a_save_that_does_not_begin_leaves_the_adapter_as_it_is_now(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And not as the save before has copied it."""
+    begin = write.begin
+
+    def begin_unless_last(partial: Path) -> None:
+        if partial.name == ".step-3.partial":
+            raise OSError(errno.EROFS, "Read-only file system")
+        begin(partial)
+
+    monkeypatch.setattr(write, "begin", begin_unless_last)
+    folder = fine_tune(tmp_path, save_steps=2)
+    assert (folder / "adapter" / "adapter_model.safetensors").is_file()
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
+    assert told == [
+        "note: step 3: the checkpoint could not be saved (Read-only file system); the adapter is whole"
+    ]
+
+
+@pytest.mark.slow
+def test_an_end_without_a_checkpoint_waits_for_room_or_for_a_signal(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    with at_work(tmp_path_factory, ROWS) as processes:
+        full = {"do": "full", "bytes": 10_000, "times": 1}
+        faults = [full, {"do": "patience", "seconds": 5}]
+        words = ["--output_dir", "run", "--hang_minutes", "0.05"]  # less than the waiting
+        status, output, errors = run(processes, *words, faults=faults, settings=NEVER_SAVING, gpus=1)
+        assert (status, errors) == (0, "")
+        assert len(re.findall(r"run/adapter could not .*, and there is no .*: make room on", output)) == 1
+        assert (processes.folder / "run/adapter/adapter_model.safetensors").is_file()
+        ended = {"do": "later", "step": 10, "rank": 0, "to": "launcher", "seconds": 5, "number": 15}
+        faults = [full, {"do": "patience", "seconds": 300}, ended]
+        status, output, errors = run(processes, "--output_dir", "lost", faults=faults, settings=NEVER_SAVING)
+        assert status == 2
+        assert re.fullmatch(
+            r"error: all steps are done, but lost/adapter could not be written \(.+\)\. "
+            r"There is no complete checkpoint\.\n",
+            errors,
+        )
+        assert "SIGTERM: saving" not in output

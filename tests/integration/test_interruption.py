@@ -32,13 +32,20 @@ def whole(processes: Processes) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("full", [False, True])
 def test_a_signal_saves_and_the_command_it_names_goes_on_to_the_last_bit(
-    processes: Processes, whole: Path
+    processes: Processes, whole: Path, full: bool
 ) -> None:
+    """Also where the saves before have failed, and this one at first."""
     asked = {"do": "signal", "step": 5, "rank": 0, "to": "launcher", "number": signal.SIGTERM}
-    status, output, errors = run(processes, "--output_dir", "stopped", faults=[asked])
+    disk = [{"do": "disk", "bytes": 50_000, "times": 3}, {"do": "patience", "seconds": 0.2}]
+    name = f"stopped-{full}"
+    status, output, errors = run(processes, "--output_dir", name, faults=[asked, *disk * full])
     assert (status, errors) == (75, "")
-    stopped = processes.folder / "stopped"
+    assert (len(re.findall(r"step [24]: .* could not be saved", output))) == 2 * full
+    assert "earlier checkpoints" not in output
+    assert len(re.findall(r"step [56]: .*, and there is no complete checkpoint: make room", output)) == full
+    stopped = processes.folder / name
     assert not (stopped / "adapter").exists()
     found = re.search(r"stopped at step (\d+) of 10\. Go on with:  falcon-qlora (.*)", output)
     assert found is not None, output
