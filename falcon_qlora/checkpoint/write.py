@@ -53,6 +53,14 @@ def not_kept(error: AdapterFaultError, last: str, *, step: int) -> str:
     return f"step {step:,}: what was saved failed its check and was not kept: {error}. {last}"
 
 
+def not_written(path: Path, failure: str) -> UserError:
+    """The error where a trial shows that `path` cannot be written."""
+    return UserError(
+        f"{path} could not be written ({failure}): make room there, lift what limits it (a quota, "
+        "ulimit -f), or name another folder with --output_dir"
+    )
+
+
 def last_complete(checkpoints: Path, address: str | None, *, how: str | None = None) -> str:
     """A sentence that names the last complete checkpoint, and how to go on from it.
 

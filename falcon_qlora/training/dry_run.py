@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from falcon_qlora.checkpoint import manifest
+from falcon_qlora.checkpoint.write import not_written
 from falcon_qlora.common.errors import UserError, first_line, message_of
 from falcon_qlora.common.files import free_bytes, nearest_existing, temporary_folder
 from falcon_qlora.common.quantities import counted, gib
@@ -41,6 +42,8 @@ from falcon_qlora.training.preflight import Start
 from falcon_qlora.training.rows import TrainingData
 from falcon_qlora.training.trainer import FalconTrainer
 
+# The run's folder in the temporary one.
+_RUN = "run"
 # Of a step, however many it has: the second finds the gradients of the first in memory.
 _MICRO_BATCHES = 2
 # Checks of the summary that a dry run tells, and how it calls them; the others are of whole runs.
@@ -86,6 +89,8 @@ class DryRun:
         if not isinstance(error, Exception) or isinstance(error, agreement.PeerError):
             return
         told = message_of(error)
+        if told is not None and self._folder is not None:  # by where the run would write
+            told = told.replace(str(self._folder / _RUN), str(self.directory))
         if told is None:
             if endings.sibling_died():
                 return  # it only follows from another process's death
@@ -112,7 +117,7 @@ class DryRun:
             return folder
 
         self._folder = Path(agreement.from_main_process(make))
-        run = str(self._folder / "run")
+        run = str(self._folder / _RUN)
         console.console().quiet = True
         return dataclasses.replace(
             start, directory=RunDirectory(run), trackers=tracking.choose(["none"]), _choose=lambda make: run
@@ -163,6 +168,17 @@ class DryRun:
             self._rows.append(("kernels", compare_kernels(trainer.model, batch, device)))
         agreement.wait_for_all()
         phases.now = "first step"
+
+    def require_saved(self, trainer: FalconTrainer) -> None:
+        """Wait for the step's checkpoint; what follows is of saving, too.
+
+        Raises:
+            UserError: on every process, if it could not be written.
+        """
+        phases.now = "save"
+        trainer.settle()
+        if trainer.checkpointer.failure is not None:
+            raise not_written(self.directory.checkpoints, trainer.checkpointer.failure)
 
     def finish(self, trainer: FalconTrainer, directory: RunDirectory) -> None:
         """Read back what was saved, and print the table.

@@ -14,7 +14,13 @@ import torch
 from falcon_qlora.checkpoint.adapter_check import AdapterFaultError, Reopened, check_opening, check_tensors
 from falcon_qlora.checkpoint.insist import until_written
 from falcon_qlora.checkpoint.manifest import write_manifest
-from falcon_qlora.checkpoint.write import disk_errors, last_complete, not_kept, require_same_replicas
+from falcon_qlora.checkpoint.write import (
+    disk_errors,
+    last_complete,
+    not_kept,
+    not_written,
+    require_same_replicas,
+)
 from falcon_qlora.common.errors import UserError, reason_of
 from falcon_qlora.common.files import flush, quoted, replaced_folder, write_json
 from falcon_qlora.config import Configuration
@@ -141,7 +147,7 @@ def finish(
         trainer,
         lambda folder: describe_adapter(folder, figures),
         meanwhile=lambda: directory.draw_loss(title=title, kept=trainer.kept_step),
-        tries_again=not run.dry_run,
+        is_trial=run.dry_run,
     )
     endings.forget_siblings()
     lookout.end()
@@ -205,13 +211,13 @@ def _keep_adapter(
     describe_adapter: Callable[[Path], None],
     *,
     meanwhile: Callable[[], None],
-    tries_again: bool,
+    is_trial: bool,
 ) -> Reopened | None:
     """Write the adapter's folder; if the disk fails, see `until_written`.
 
     Args:
         meanwhile: work of the main process for the time until the last checkpoint is written.
-        tries_again: whether what was trained is worth it.
+        is_trial: whether what was trained is worth nothing.
 
     Returns:
         On the main process, what the adapter, opened again, computes.
@@ -268,8 +274,10 @@ def _keep_adapter(
         return agreement.from_main_process(write)
 
     failure = attempt()
+    if failure is not None and is_trial:
+        raise not_written(directory.adapter, failure)
     told = f"all steps are done, but {directory.adapter} could not be written"
-    if failure is not None and tries_again:
+    if failure is not None:
         step = trainer.state.global_step
         failure = until_written(trainer.checkpointer, failure, attempt, step=step, told=told)
     if failure is not None:

@@ -200,6 +200,8 @@ def _train(configuration: Configuration, lock: RunLock, began: float, trial: Dry
     trainer.args.eval_on_start &= start.checkpoint is None  # a resumed run was evaluated at its start
     try:
         trainer.train(resume_from_checkpoint=start.checkpoint)
+        if trial is not None:
+            trial.require_saved(trainer)
         finish.tell_rows(directory, trainer, data, train_on=configuration.data.train_on)
         finish.finish(
             directory,

@@ -75,7 +75,15 @@ def test_two_ranks_pass_and_leave_nothing(work: Processes) -> None:
             "out of memory|does not fit",
             "--max_length",
         ),
-        ({"do": "alpha"}, 0, "first step", "what was saved failed its check", ""),
+        (
+            {"do": "disk", "bytes": 50_000},
+            None,
+            "save",
+            r"kept/checkpoints could not be written \(File too large\)",
+            "make room",
+        ),
+        ({"do": "full", "bytes": 10_000}, None, "save", r"kept/adapter could not be written", "make room"),
+        ({"do": "alpha"}, 0, "save", "what was saved failed its check", ""),
         ({"do": "odd", "step": 1, "rank": 1}, None, "first step", r"replicas diverged: ranks \[1\]", "GPUs"),
         ({"do": "version", "rank": 1}, None, "versions", rf"rank 1 on {HERE} has peft 0\.0\.1", "install"),
     ],
@@ -90,6 +98,7 @@ def test_a_fault_on_one_rank(
     who = "[01]" if rank is None else str(rank)
     assert re.match(rf"error: dry run: rank {who} on {re.escape(HERE)}, {where}: .*{cause}", line), line
     assert cure in line
+    assert "note: " not in told
     assert "passed" not in told
     assert "Traceback" not in errors
 
