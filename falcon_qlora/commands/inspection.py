@@ -49,6 +49,7 @@ class Inspection:
         rows: label and text of what is known of it.
         faults: what is wrong, each with the file; empty if it is whole.
         trained: False for an adapter that changes nothing: all tensors that start at zero are still zero.
+        lost: whether all that is wrong with a run is that it has neither an adapter nor a checkpoint.
         checks: of a finished run, what was proved at its end: name, state and figure; empty if a release
             that did not record it made the run. None for anything else.
     """
@@ -57,11 +58,14 @@ class Inspection:
     rows: list[tuple[str, str]] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
     trained: bool = True
+    lost: bool = False
     checks: list[tuple[str, str, str]] | None = None
 
     @property
     def state(self) -> str:
-        """``whole``, ``not whole`` or ``not trained yet``."""
+        """``whole``, ``not whole``, ``not trained yet`` or that there is nothing to go on from."""
+        if self.lost:
+            return "not finished, holds nothing to go on from"
         if self.faults:
             return "not whole"
         return "whole" if self.trained else "not trained yet"
@@ -162,7 +166,8 @@ def _run(run: RunDirectory) -> Inspection:
         done = f", {counted(logged[-1]['step'], 'step')} logged" if logged else ""
         found.add("state", f"not finished{done}")
     parts = [run.adapter] if run.adapter.is_dir() else []
-    for part in [*parts, *(folder for _, folder in manifest.step_folders(run.checkpoints))]:
+    parts += [folder for _, folder in manifest.step_folders(run.checkpoints)]
+    for part in parts:
         if leads_out(part, part.parent):
             found.faults.append(f"{part} is a link that leads out of the run")
             continue
@@ -173,6 +178,12 @@ def _run(run: RunDirectory) -> Inspection:
         found.add(inside.kind, f"{part.name}: {'NOT WHOLE' if inside.faults else inside.state}")
         if part == run.adapter:
             found.trained = inside.trained
+    if not parts and not run.summary_file.is_file():
+        found.lost = not found.faults
+        found.faults.append(
+            f"{run} has neither a checkpoint nor an adapter: unless it is being trained now, start it again "
+            "with --overwrite"
+        )
     return found
 
 

@@ -113,6 +113,20 @@ def test_a_run_at_rate_zero_is_not_trained_yet(tmp_path, capsys, monkeypatch, me
     assert ": adapter, not whole" in said
 
 
+def test_a_run_without_a_checkpoint_or_an_adapter_is_not_called_whole(copy, capsys):
+    run = copy / "run"
+    (run / "summary.json").unlink()
+    shutil.rmtree(run / "adapter")
+    assert inspect(run, capsys)[1].startswith(f"{run}: run, whole\n")  # it can go on
+    shutil.rmtree(run / "checkpoints")
+    status, said = inspect(run, capsys)
+    assert status == 2
+    assert said.startswith(f"{run}: run, not finished, holds nothing to go on from\n")
+    assert "start it again with --overwrite" in said
+    (run / "config.yaml").write_text("{")
+    assert inspect(run, capsys)[1].startswith(f"{run}: run, not whole\n")
+
+
 def cut(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:-100])
 
