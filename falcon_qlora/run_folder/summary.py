@@ -28,8 +28,8 @@ class Summary:
         bad_steps: Steps that were skipped for a non-finite loss or gradient.
         overflowed_steps: Steps that the scaler of fp16 skipped, as a gradient overflowed at its scale.
         micro_batch_parts: Parts that each micro-batch was split into at the end; more than 1 after OOM.
-        micro_batch_tokens: Tokens that a micro-batch had at most, before it was split; None if rows were
-            padded.
+        micro_batch_tokens: Tokens that a micro-batch had at most, before it was split, or of a process's even
+            part of a step if that is less; None if rows were padded.
         micro_batches: Micro-batches of a full step on each process.
         micro_batch_reason: Why so many: as the start says it.
         checkpointing: What blocks recomputed in the backward pass, such as ``full in 6 of 32, else none``.

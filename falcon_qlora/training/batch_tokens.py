@@ -8,6 +8,7 @@ will take from then on.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from falcon_qlora.processes import agreement, ranks
 from falcon_qlora.training.cards import Card, card_here
 from falcon_qlora.training.cuts import decide, given, of_b
 from falcon_qlora.training.estimate import Estimate, Estimator, micro_batches_of, of_rows
+from falcon_qlora.training.rows import global_batch
 from falcon_qlora.training.same_run import recorded_cut
 
 if TYPE_CHECKING:
@@ -36,7 +38,8 @@ class Cut:
     """What was decided.
 
     Attributes:
-        tokens: that a micro-batch holds at most.
+        tokens: that a micro-batch may hold at most.
+        part: tokens of a process's even part of a step.
         micro_batches: of a step on each process.
         why: for the terminal.
         found: by the memory model; None where what blocks keep depends on what is free.
@@ -44,6 +47,7 @@ class Cut:
     """
 
     tokens: int
+    part: int
     micro_batches: int
     why: str
     found: Estimate | None = None
@@ -57,9 +61,14 @@ class Cut:
     def keeps_fp8(self) -> bool:
         return self.found is not None and "weights in FP8" in self.found.parts
 
+    @property
+    def filled(self) -> int:
+        """Tokens of a micro-batch, no more than there are to fill it."""
+        return min(self.tokens, self.part)
+
     def told(self) -> str:
         count = counted(self.micro_batches, "micro-batch", "micro-batches")
-        return f"{count} of {self.tokens:,} tokens on each device ({self.why})"
+        return f"{count} of {self.filled:,} tokens on each device ({self.why})"
 
 
 @dataclass(kw_only=True)
@@ -119,7 +128,7 @@ class Cutter:
         found = decide(self._estimator, self._card, tokens=self._fixed, gib=gib)
         if found.step_bytes >= self.cut.found.step_bytes:
             return False
-        self.cut = _decided(found, "smaller, as memory had run out", gib=gib)
+        self.cut = _decided(found, "smaller, as memory had run out", part=self.cut.part, gib=gib)
         self.activations = self._choose(cut=self.cut, held_bytes=self.activations.held_bytes)
         self.without = sorted({*self.without, *without})
         return True
@@ -135,9 +144,9 @@ class Cutter:
         }
 
 
-def _decided(found: Estimate, why: str, *, gib: float | None = None) -> Cut:
+def _decided(found: Estimate, why: str, *, part: int, gib: float | None = None) -> Cut:
     tokens, count = found.micro_batch_tokens, found.micro_batches
-    return Cut(tokens=tokens, micro_batches=count, why=why, found=found, gib=gib)
+    return Cut(tokens=tokens, part=part, micro_batches=count, why=why, found=found, gib=gib)
 
 
 def choose(
@@ -159,6 +168,7 @@ def choose(
         checkpoint: that the run resumes from.
     """
     run, data, processes = configuration.run, configuration.data, ranks.world_size()
+    part = math.ceil(global_batch(run, processes) / processes) * data.max_length
     wanted = _Wanted(tokens=given(run), why="--batch_tokens")
     if checkpoint is not None and data.packing:
         wanted = _of_resumed(configuration, checkpoint)
@@ -173,7 +183,7 @@ def choose(
         tokens = wanted.tokens or of_b(configuration)
         count = micro_batches_of(run, tokens=tokens, max_length=data.max_length, processes=processes)
         why = wanted.why if wanted.tokens else as_b or ""
-        cut = Cut(tokens=tokens, micro_batches=count, why=why)
+        cut = Cut(tokens=tokens, part=part, micro_batches=count, why=why)
         return Cutter(cut=cut, notes=wanted.notes, as_before=wanted.as_before)
     rows = of_rows(configuration, plan) if plan is not None else {}
     estimator = Estimator(
@@ -190,7 +200,9 @@ def choose(
             "(--batch_tokens N says otherwise), and the losses agree up to rounding, but not with dropout"
         )
     return Cutter(
-        cut=_decided(found, wanted.why if wanted.tokens else "auto: the fastest that fits", gib=gib),
+        cut=_decided(
+            found, wanted.why if wanted.tokens else "auto: the fastest that fits", part=part, gib=gib
+        ),
         notes=wanted.notes,
         may_shrink=True,
         _estimator=estimator,

@@ -123,7 +123,7 @@ def finish(
         bad_steps=trainer.step.bad_steps.total,
         overflowed_steps=trainer.step.bad_steps.overflowed,
         micro_batch_parts=2**trainer.step.halvings,
-        micro_batch_tokens=cutter.cut.tokens if configuration.data.packing else None,
+        micro_batch_tokens=cutter.cut.filled if configuration.data.packing else None,
         micro_batches=cutter.cut.micro_batches,
         micro_batch_reason=cutter.cut.why,
         checkpointing=told_blocks(cutter.activations.blocks),

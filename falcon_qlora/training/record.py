@@ -13,6 +13,7 @@ from falcon_qlora.common.files import write_json
 from falcon_qlora.common.quantities import counted, gib, passes
 from falcon_qlora.common.record_files import AUTO
 from falcon_qlora.config import Configuration
+from falcon_qlora.config.arguments import RunArguments
 from falcon_qlora.methods.adapter_folder import write_record
 from falcon_qlora.methods.interface import Method, method_of
 from falcon_qlora.methods.lora import Lora
@@ -37,6 +38,8 @@ from falcon_qlora.training.speed_note import speed_note
 
 if TYPE_CHECKING:
     from trl import SFTConfig
+
+    from falcon_qlora.data.packing import Plan
 
 # Fewer steps than these hardly move an adapter.
 _FEW_STEPS = 10
@@ -296,6 +299,24 @@ def _unseen_tokens(data: TrainingData, method: Method) -> list[str]:
     return [told]
 
 
+def _idle_processes(run: RunArguments, plan: Plan | None) -> list[str]:
+    """A note on processes that a step has no document for. Of a stream it is not known."""
+    processes, sequences = ranks.world_size(), global_batch(run)
+    if sequences >= processes or plan is None:
+        return []
+    documents = [len(step) for step in plan.epoch(0)]
+    short = sum(each < processes for each in documents)
+    always = processes - max(documents)
+    if not short:
+        return []
+    idle = f"at least {counted(max(always, 1), 'is', 'are')} idle in "
+    idle += "every step" if always > 0 else f"{short / len(documents):.0%} of the steps"
+    more = "" if run.resume else f"--global_batch_size {processes} or more, or "
+    return [
+        f"{processes} processes share {counted(sequences, 'sequence')} a step: {idle}; give {more}fewer GPUs"
+    ]
+
+
 def start_notes(
     configuration: Configuration,
     data: TrainingData,
@@ -323,6 +344,7 @@ def start_notes(
             f"the rows make {counted(data.total_steps, 'step')} in all, too few to learn much: more with "
             "--num_train_epochs, or with a smaller -b or --max_length"
         )
+    notes += _idle_processes(configuration.run, data.plan)
     layout, method = layout_of(model.config), configuration.method
     if isinstance(method, Lora) and method.target_modules in (None, ("all-linear",)):
         notes += [f"{name} stays without LoRA: {why}" for name, why in layout.not_for_peft.items()]

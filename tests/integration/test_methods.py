@@ -175,7 +175,7 @@ def test_no_weight_decay_acts_on_the_scales_biases_and_norms_of_adapter_v2(tmp_p
         describe_adapter=lambda folder: None,
         settings={},
         began=time.time(),
-        cutter=Cutter(cut=Cut(tokens=2048, micro_batches=1, why="")),
+        cutter=Cutter(cut=Cut(tokens=2048, part=2048, micro_batches=1, why="")),
     )
     trainer.create_optimizer()
     assert trainer.optimizer is not None

@@ -105,7 +105,7 @@ def test_a_run_tells_what_it_trains_on_what(tmp_path: Path, monkeypatch: pytest.
         epochs=1,
         efficiency=0.934,
     )
-    cutter = Cutter(cut=Cut(tokens=6144, micro_batches=1, why="-b, on the CPU"))
+    cutter = Cutter(cut=Cut(tokens=8192, part=6144, micro_batches=1, why="-b, on the CPU"))
     cutter.activations = Activations(["none"], None, False)
     told = dict(
         start_rows(

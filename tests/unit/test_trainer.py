@@ -19,6 +19,7 @@ from trl import SFTTrainer
 
 from falcon_qlora.checkpoint.process_state import seed_anew
 from falcon_qlora.config import parse
+from falcon_qlora.data.packing import Plan
 from falcon_qlora.models.layouts import preset_config
 from falcon_qlora.processes import devices
 from falcon_qlora.step.agreed import Reports, notes
@@ -120,7 +121,7 @@ def test_every_process_begins_with_the_main_process_parameters(tmp_path: Path) -
 )
 def test_sequences_beyond_the_models_positions_are_told(preset: str, positions: int, told: str) -> None:
     model = SimpleNamespace(config=preset_config(preset))
-    data: Any = SimpleNamespace(statistics=SimpleNamespace(longest=3000), epochs=None)
+    data: Any = SimpleNamespace(statistics=SimpleNamespace(longest=3000), epochs=None, plan=None)
     at_most, beyond = (
         start_notes(parse(["-m", "tiny", "--max_length", str(length)]), data, model, {}, Activations([]))
         for length in (positions, positions + 1)
@@ -130,3 +131,28 @@ def test_sequences_beyond_the_models_positions_are_told(preset: str, positions: 
     assert f"--max_length {positions + 1:,} is beyond the {positions:,} positions" in note
     assert told in note
     assert note.endswith("The longest document has 3,000 tokens")
+
+
+@pytest.mark.parametrize(
+    ("words", "lengths", "told"),
+    [
+        ([], [64] * 8, "at least 1 is idle in every step; give --global_batch_size 3 or more, or fewer GPUs"),
+        (["--resume", "run"], [64] * 8, "at least 1 is idle in every step; give fewer GPUs"),
+        ([], [64] * 6 + [16] * 8, "at least 1 is idle in 75% of the steps; give"),
+        ([], [16] * 32, None),  # eight documents a step
+        (["--global_batch_size", "3"], [64] * 9, None),
+    ],
+)
+def test_processes_that_steps_have_no_document_for_are_told(
+    monkeypatch: pytest.MonkeyPatch, words: list[str], lengths: list[int], told: str | None
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    settings = parse(["-m", "tiny", "--max_length", "64", "--global_batch_size", "2", *words])
+    batch = settings.run.global_batch_size or 0
+    about = {"fingerprint": "", "seed": 0, "max_length": 64, "order": "sequential"}
+    plan = Plan(lengths=np.array(lengths), global_batch=batch, **about)
+    data: Any = SimpleNamespace(statistics=None, epochs=None, plan=plan)
+    model: Any = SimpleNamespace(config=preset_config("falcon-7b"))
+    found = [each for each in start_notes(settings, data, model, {}, None) if "share" in each]
+    assert len(found) == (told is not None)
+    assert all(note.startswith(f"3 processes share 2 sequences a step: {told}") for note in found)
