@@ -154,7 +154,7 @@ def parse(argv: list[str], *, verb: str | None = None, extra_arguments: type | N
 def read_flags(
     argv: list[str], *, verb: str | None = None, extra_arguments: type | None = None
 ) -> dict[str, Any]:
-    """The settings that a command line gives and the command uses, by name.
+    """The settings that a command line gives, by name.
 
     Prints lines on standard error: a flag that is given twice, and the settings of `train` that the command
     does not use.
@@ -186,7 +186,8 @@ def read_flags(
         told = ", ".join(f"--{name}" for name in unused)
         manner = VERBS[verb].manner(given, unused)
         print(f"note: falcon-qlora {verb}{manner} does not use {told}", file=sys.stderr)
-    return {name: value for name, value in given.items() if name not in unused}
+    launch = {each.name for each in settings_of(LaunchArguments)}.intersection(unused)
+    return {name: value for name, value in given.items() if name not in launch}
 
 
 def configure(

@@ -93,10 +93,6 @@ def test_the_page_of_train_describes_every_recipe(capsys: pytest.CaptureFixture[
             "note: falcon-qlora bench does not use --kernels, --per_device_train_batch_size\n",
         ),
         (
-            "params -m tiny --warmup_steps 2.5 --llm_int8_threshold 3 -q 4bit",
-            "note: falcon-qlora params does not use --llm_int8_threshold, --quantize_mode, --warmup_steps\n",
-        ),
-        (
             "params -m tiny --lora_r 4 --lora_r 4 --lora_alpha 1 --lora_alpha 2",
             "note: --lora_alpha is given twice: 2 counts, not 1\n",
         ),
