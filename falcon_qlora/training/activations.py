@@ -18,7 +18,6 @@ from falcon_qlora.methods.interface import method_of
 from falcon_qlora.models.fast_path import reason_left_alone, runs_fast
 from falcon_qlora.processes import agreement, devices, ranks
 from falcon_qlora.training.estimate import micro_batches_of, step_of
-from falcon_qlora.training.rows import global_batch
 
 if TYPE_CHECKING:
     from falcon_qlora.data.batches import TrainingSteps
@@ -150,9 +149,7 @@ def _step(
     from falcon_qlora.models.sharded import is_sharded, local_count
 
     processes = ranks.world_size()
-    tokens = run.per_device_train_batch_size * max_length
-    if cut is not None:
-        tokens = min(cut.tokens, math.ceil(global_batch(run, processes) / processes) * max_length)
+    tokens = run.per_device_train_batch_size * max_length if cut is None else cut.filled
     return step_of(
         model.config,
         method_of(model),

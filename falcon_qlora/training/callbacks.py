@@ -128,10 +128,9 @@ class StepKeeper(DefaultFlowCallback):
 def _tell_of_others_signal() -> None:
     """Say which rank was asked to stop, if the main process was not, which has said so itself."""
     asked = agreement.met_by_main(stop_signals.asked_to_stop())
-    if asked[0] is None:
-        told = [f"rank {rank} got {number.name}" for rank, number in enumerate(asked) if number is not None]
-        for each in told[:1]:
-            note(f"{each}: saving at the end of a step, then exiting")
+    rank, signal = next((each for each in enumerate(asked) if each[1] is not None), (0, None))
+    if rank > 0 and signal is not None:
+        note(f"rank {rank} got {signal.name}: saving at the end of a step, then exiting")
 
 
 class MetricsWriter(TrainerCallback):
