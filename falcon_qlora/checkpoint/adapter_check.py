@@ -6,7 +6,6 @@ import contextlib
 import copy
 import math
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from transformers import PreTrainedConfig
 
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.data.packing import MicroBatch, collate
-from falcon_qlora.methods.adapter_folder import CONFIG, TENSORS, SavedAdapter, read_adapter
+from falcon_qlora.methods.adapter_folder import CONFIG, TENSORS, read_adapter
 from falcon_qlora.methods.interface import method_of
 from falcon_qlora.methods.lora import Lora
 from falcon_qlora.methods.lora_layers import past_pefts_refusal
@@ -37,7 +36,7 @@ from falcon_qlora.models.layouts import causal_lm_in
 from falcon_qlora.models.load import empty_model
 from falcon_qlora.models.packed_attention import Sequences
 from falcon_qlora.models.sharded import local_tensor, own_parts
-from falcon_qlora.models.tensor_files import read_tensor, stored_tensors
+from falcon_qlora.models.tensor_files import stored_tensors
 from falcon_qlora.models.token_rows import rows_of
 from falcon_qlora.models.undrawn import Undrawn
 from falcon_qlora.processes import devices
@@ -215,19 +214,25 @@ def _check_tensors(
     folder: Path, model: nn.Module, state: Mapping[str, Tensor] | None, *, trained: bool | None
 ) -> None:
     saved = read_adapter(folder)
+    in_memory = method_of(model).saved_tensors(model, state)
+
+    def compare(name: str, values: Tensor) -> None:
+        if name not in in_memory:
+            raise AdapterFaultError(f"{saved.file} has {name}, which the model in memory has not")
+        _compare(saved.file, name, values, in_memory[name])
+
     config: Any = model.config
-    with ThreadPoolExecutor(2) as beside:  # each reads all tensors
-        equal = beside.submit(_check_equal, saved, model, state)
-        zeros = beside.submit(saved.zero_tensors, config)
-        saved.check(config)
-        equal.result()
+    zero = saved.check(config, compare)
+    for name in in_memory.keys() - saved.method.saved_shapes(config).keys():
+        raise AdapterFaultError(f"{saved.file} lacks {name}, which the model in memory has")
     # PEFT's file records less than the method; check_opening tries out what it does record.
     if saved.method.opened_by != "peft" and saved.method != method_of(model):
         raise AdapterFaultError(
             f"{folder} is of {saved.method.describe()}; the model in memory is of "
             f"{method_of(model).describe()}"
         )
-    zero = [] if trained is False else zeros.result()
+    if trained is False:
+        return
     if trained is None:
         moved = {_kind(name) for name in saved.method.saved_shapes(config).keys() - set(zero)}
         zero = [name for name in zero if _kind(name) in moved]
@@ -239,20 +244,6 @@ def _check_tensors(
 
 def _kind(name: str) -> str:
     return ".".join(name.split(".")[-2:])
-
-
-def _check_equal(saved: SavedAdapter, model: nn.Module, state: Mapping[str, Tensor] | None) -> None:
-    file = saved.folder / TENSORS
-    in_memory = method_of(model).saved_tensors(model, state)
-    config: Any = model.config
-    expected = saved.method.saved_shapes(config)
-    for name, tensor in in_memory.items():
-        if name not in expected:
-            raise AdapterFaultError(f"{file} lacks {name}, which the model in memory has")
-        _compare(file, name, read_tensor(file, name), tensor)
-    for name in expected:
-        if name not in in_memory:
-            raise AdapterFaultError(f"{file} has {name}, which the model in memory has not")
 
 
 def _check_whole(folder: Path, model: Any, state: Mapping[str, Tensor] | None) -> None:

@@ -11,8 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Pinned memory comes in powers of two, so tensors share pieces; a larger tensor has one of its own.
-_PIECE_BYTES = 2**26
+from falcon_qlora.processes import devices
+from falcon_qlora.processes.page_locked import PageLocked
+from falcon_qlora.terminal.console import note
+
+_PIECE_BYTES = 2**26  # tensors share pieces of so much; a larger one has its own
 _ALIGNMENT = 64
 
 
@@ -30,11 +33,7 @@ def copy_bytes(sizes: Iterable[int]) -> int:
 
 
 def _piece_bytes(size: int) -> int:
-    return max(_PIECE_BYTES, 1 << (size - 1).bit_length())
-
-
-def _new_piece(size: int) -> Any:
-    return torch.empty(size, dtype=torch.uint8, pin_memory=torch.cuda.is_available()).numpy()
+    return max(_PIECE_BYTES, _aligned(size))
 
 
 def _aligned(size: int) -> int:
@@ -64,6 +63,8 @@ class HostCopies:
         self._buffers: list[Tensor] = []
         self._ready: list[Any] = []
         self._stop_reserving = threading.Event()
+        self._locked: PageLocked | None = None
+        self._refused: str | None = None
         self._piece: Any = np.empty(0, dtype=np.uint8)
         self._taken = 0
         self._copied: Any = None
@@ -77,11 +78,10 @@ class HostCopies:
         for _ in range(self.more_bytes(sizes) // _PIECE_BYTES):
             began = time.monotonic()
             try:
-                self._ready.append(_new_piece(_PIECE_BYTES))
-            except RuntimeError:  # no memory to pin: `take` will say so
+                self._ready.append(self._locked_piece(_PIECE_BYTES))
+            except MemoryError:  # `take` will say so
                 return
-            # Nothing can be queued for the GPU meanwhile, so only for a share of the time: queueing a step
-            # takes less than the rest.
+            # While a piece is locked nothing can be queued for the GPU, so only for a share of the time.
             if self._stop_reserving.wait(3 * (time.monotonic() - began)):
                 return
 
@@ -134,8 +134,24 @@ class HostCopies:
         if size > len(self._piece):
             # The rest of the previous piece is lost: a few tensors' worth.
             wanted = _piece_bytes(size)
-            self._piece = self._ready.pop() if self._ready and wanted == _PIECE_BYTES else _new_piece(wanted)
+            self._piece = (
+                self._ready.pop() if self._ready and wanted == _PIECE_BYTES else self._new_piece(wanted)
+            )
         # Each buffer has its own storage over its part of the piece: `torch.save` writes whole storages.
         buffer = torch.from_numpy(self._piece[:size])
         self._piece = self._piece[_aligned(size) :]
         return buffer.view(tensor.dtype).view(tensor.shape)
+
+    def _new_piece(self, size: int) -> Any:
+        try:
+            return self._locked_piece(size)
+        except MemoryError as error:
+            if self._refused is None:
+                note(f"memory for copies of what is saved: {error}; the GPU waits for each copy")
+            self._refused = str(error)
+            return np.empty(size, dtype=np.uint8)
+
+    def _locked_piece(self, size: int) -> Any:
+        if self._locked is None:
+            self._locked = PageLocked(devices.local_device())
+        return self._locked.new(size).numpy()

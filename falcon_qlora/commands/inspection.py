@@ -251,8 +251,12 @@ def _adapter(folder: Path) -> Inspection:
     config = found.attempt(lambda: base_config(base)) if is_open else None
     if config is None:
         found.add("note", "the base model's configuration is not here: the tensors were not compared with it")
-    elif not found.collect(adapter.faults(config), adapter.file):
-        zero = adapter.zero_tensors(config)
+        return found
+    tensors = found.attempt(lambda: [(each.name, each.fault, each.is_zero) for each in adapter.read(config)])
+    if tensors is not None and not found.collect(
+        (fault for _, fault, _ in tensors if fault is not None), adapter.file
+    ):
+        zero = [name for name, _, is_zero in tensors if is_zero]
         found.trained = adapter.is_trained(config, zero)
         lost = adapter.lost_tensors(config, zero)
         found.collect((f"{name} is zero throughout: lost, or never trained" for name in lost), adapter.file)

@@ -175,8 +175,7 @@ def _request(
     opened = open_checkpoint(source.model, revision=source.revision)
     checkpoint, revision = _original(opened, source.revision)
     name, scheme = checkpoint.name, opened.scheme
-    adapter.check(checkpoint.config)
-    zero = adapter.zero_tensors(checkpoint.config)
+    zero = adapter.check(checkpoint.config)
     if zero:
         raise UserError(
             f"{folder}: {len(zero)} of its tensors are zero throughout, the first {zero[0]}: the adapter is "

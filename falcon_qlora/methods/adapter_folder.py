@@ -12,7 +12,7 @@ configuration, patterns compiled from it, initial values that change the base. W
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,7 @@ from falcon_qlora.common.recorded_paths import absolute_name, started_in
 from falcon_qlora.common.untrusted import read_json, refuse_links
 from falcon_qlora.methods.interface import Method
 from falcon_qlora.methods.table import is_whole, method_named, method_settings
-from falcon_qlora.models.tensor_files import StoredTensor, read_tensor, stored_tensors
+from falcon_qlora.models.tensor_files import opened_tensors, read_tensor, stored_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -128,6 +128,21 @@ def _read_record_of_run(file: Path) -> dict[str, Any]:
     return record
 
 
+@dataclass(frozen=True)
+class ReadTensor:
+    """A tensor of an adapter's file, and what is wrong with it, or None.
+
+    Attributes:
+        values: until the next is read; None if something is wrong.
+        is_zero: whether all of them are zero.
+    """
+
+    name: str
+    fault: str | None = None
+    values: Tensor | None = None
+    is_zero: bool = False
+
+
 @dataclass(frozen=True, kw_only=True)
 class SavedAdapter:
     """An adapter in a folder, its settings checked.
@@ -147,29 +162,51 @@ class SavedAdapter:
         """The file with its tensors."""
         return tensors_file(self.folder)
 
-    def faults(self, config: PreTrainedConfig) -> Iterator[str]:
-        """Yield what is wrong with its tensors for an adapter of a model of `config`.
+    def read(self, config: PreTrainedConfig) -> Iterator[ReadTensor]:
+        """Read each tensor once, for an adapter of a model of `config`.
 
         Raises:
             UserError: if the file cannot be read, or the settings do not suit the model.
         """
         stored = stored_tensors(self.file)
         expected = self.method.saved_shapes(config)
-        for name, shape in expected.items():
-            if name not in stored:
-                yield f"{name} is missing"
-            elif stored[name].shape != shape:
-                yield f"{name} has the shape {list(stored[name].shape)}, expected {list(shape)}"
-            else:
-                yield from _value_faults(name, stored[name])
-        yield from (
-            f"{name} belongs to no part of the model" for name in sorted(stored.keys() - expected.keys())
-        )
+        with opened_tensors([self.file]) as read:
+            for name, shape in expected.items():
+                if name not in stored:
+                    yield ReadTensor(name, fault=f"{name} is missing")
+                elif stored[name].shape != shape:
+                    found = f"the shape {list(stored[name].shape)}, expected {list(shape)}"
+                    yield ReadTensor(name, fault=f"{name} has {found}")
+                elif not stored[name].dtype.startswith(("F16", "BF16", "F32", "F64")):
+                    told = f"{name} holds {stored[name].dtype}, not floating-point numbers"
+                    yield ReadTensor(name, fault=told)
+                else:
+                    yield _examined(name, read(self.file, name))
+        for name in sorted(stored.keys() - expected.keys()):
+            yield ReadTensor(name, fault=f"{name} belongs to no part of the model")
 
-    def check(self, config: PreTrainedConfig) -> None:
-        """Raise a `UserError` for the first of `faults`."""
-        for fault in self.faults(config):
-            raise UserError(f"{self.file}: {fault}. The adapter is damaged or of another model")
+    def check(self, config: PreTrainedConfig, also: Callable[[str, Tensor], None] | None = None) -> list[str]:
+        """Check its tensors for a model of `config`.
+
+        Args:
+            config: of the model.
+            also: called with the name and values of each tensor, which are there until it returns.
+
+        Returns:
+            Names of those that are all zeros: training never moved them, or they were lost.
+
+        Raises:
+            UserError: for the first that is wrong, and as `read`.
+        """
+        zero = []
+        for each in self.read(config):
+            if each.fault or each.values is None:
+                raise UserError(f"{self.file}: {each.fault}. The adapter is damaged or of another model")
+            if also is not None:
+                also(each.name, each.values)
+            if each.is_zero:
+                zero.append(each.name)
+        return zero
 
     def open(self, base: Any, *, trainable: bool = False) -> Any:
         """Put it on its base, from `load_model`; `trainable`: to continue training, else for inference.
@@ -179,11 +216,6 @@ class SavedAdapter:
         """
         self.check(base.config)
         return self.method.open(base, self.folder, trainable=trainable)
-
-    def zero_tensors(self, config: PreTrainedConfig) -> list[str]:
-        """Names of its tensors that are all zeros: training never moved them, or they were lost."""
-        names = self.method.saved_shapes(config)
-        return [name for name in names if not read_tensor(self.file, name).any()]
 
     def is_trained(self, config: PreTrainedConfig, zero: list[str]) -> bool:
         """False if it computes what the base does: all that its method starts at zero is in `zero`."""
@@ -201,11 +233,11 @@ class SavedAdapter:
         return [name for name in zero if not name.endswith((*self.method.starts_at_zero, ".bias"))]
 
 
-def _value_faults(name: str, stored: StoredTensor) -> Iterator[str]:
-    if not stored.dtype.startswith(("F16", "BF16", "F32", "F64")):
-        yield f"{name} holds {stored.dtype}, not floating-point numbers"
-    elif not all(end.isfinite() for end in read_tensor(stored.file, name).aminmax()):  # one pass, no copies
-        yield f"{name} has non-finite values (NaN/inf)"
+def _examined(name: str, values: Tensor) -> ReadTensor:
+    least, most = values.aminmax()  # one pass, no copies; NaN is both
+    if not (least.isfinite() and most.isfinite()):
+        return ReadTensor(name, fault=f"{name} has non-finite values (NaN/inf)")
+    return ReadTensor(name, values=values, is_zero=not (least.any() or most.any()))
 
 
 def read_adapter(folder: Path) -> SavedAdapter:

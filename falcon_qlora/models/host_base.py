@@ -2,13 +2,10 @@
 
 A copy brings each block to the device: `streamed_base` says when. Each process has all blocks for itself. The
 memory is page-locked, without which a copy would go through a buffer of the driver's and hold up the host.
-PyTorch's own page-locked memory comes in powers of two, half as much again as a block of 40B takes.
 """
 
 from __future__ import annotations
 
-import mmap
-import weakref
 from collections.abc import Sequence
 
 import torch
@@ -16,6 +13,7 @@ from torch import Tensor
 
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.common.quantities import gib
+from falcon_qlora.processes.page_locked import PageLocked
 
 
 class HostCopy:
@@ -30,14 +28,16 @@ class HostCopy:
     """
 
     def __init__(self, sizes: Sequence[int], device: torch.device):
-        private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-        self._blocks = [
-            torch.frombuffer(mmap.mmap(-1, size, flags=private), dtype=torch.uint8) for size in sizes
-        ]
+        locked = PageLocked(device)
         self.is_shared = False
-        if device.type == "cuda":
-            with torch.cuda.device(device):
-                self._lock()
+        try:
+            self._blocks = [locked.new(size) for size in sizes]
+        except MemoryError as error:
+            raise UserError(
+                f"--offload_base: {gib(sum(sizes), 1)} of CPU memory are needed, and {error}: free memory on "
+                "this machine, or raise the limit of locked memory (ulimit -l, or the container's)"
+            ) from None
+        self._locked = locked
 
     def room(self, index: int) -> int:
         return len(self._blocks[index])
@@ -47,22 +47,3 @@ class HostCopy:
 
     def fetch(self, index: int, into: Tensor) -> None:
         into.copy_(self._blocks[index], non_blocking=True)
-
-    def _lock(self) -> None:
-        runtime, locked = torch.cuda.cudart(), list[int]()
-        weakref.finalize(self, _unlock, locked, torch.cuda.current_device()).atexit = False
-        for block in self._blocks:
-            failed = int(runtime.cudaHostRegister(block.data_ptr(), len(block), 0))
-            if failed:
-                raise UserError(
-                    f"--offload_base: {gib(sum(map(len, self._blocks)), 1)} of CPU memory cannot be "
-                    f"page-locked (CUDA error {failed}): free memory on this machine, or raise the limit of "
-                    "locked memory (ulimit -l, or the container's)"
-                )
-            locked.append(block.data_ptr())
-
-
-def _unlock(addresses: list[int], device: int) -> None:
-    torch.cuda.synchronize(device)  # a copy that was fetched ahead may be on its way
-    for address in addresses:
-        torch.cuda.cudart().cudaHostUnregister(address)

@@ -1,4 +1,4 @@
-"""Times whole commands from outside: the wall clock, and what nvidia-smi shows of the first GPU.
+"""Times whole commands from outside: the wall clock, and what nvidia-smi shows of each GPU.
 
     python -m tests.benchmarks.outside --csv tests/benchmarks/records.csv -- -m random:falcon-7b \
         --dataset_name rows.json -b 8 --max_length 2048 --max_steps 40
@@ -30,7 +30,7 @@ from falcon_qlora.common.untrusted import of_a_run
 from falcon_qlora.config import parse
 from falcon_qlora.run_folder.directory import RunDirectory
 
-_READINGS = "--query-gpu=utilization.gpu,memory.used"
+_READINGS = "--query-gpu=index,utilization.gpu,memory.used"
 _QUERY = ["nvidia-smi", _READINGS, "--format=csv,noheader,nounits", "--loop-ms=50"]
 _STEP = re.compile(r"step \d+/\d+ ")
 _MIB = 2**20
@@ -43,40 +43,46 @@ class Seen:
     Attributes:
         wall: until it ended.
         told: when the line of each step came.
-        card: seconds, per cent busy and MiB used, of the first GPU.
+        cards: of each GPU, seconds, per cent busy and MiB used.
     """
 
     wall: float = 0.0
     told: list[float] = field(default_factory=list)
-    card: list[tuple[float, float, float]] = field(default_factory=list)
+    cards: dict[str, list[tuple[float, float, float]]] = field(default_factory=dict)
 
-    def busy(self) -> float | None:
-        """Mean per cent between the first step's line and the last one's."""
-        within = [busy for at, busy, _ in self.card if self.told[0] <= at <= self.told[-1]]
-        return statistics.fmean(within) if within else None
+    def busy(self) -> list[float]:
+        """Of each GPU, the mean per cent between the first step's line and the last one's."""
+        within = [
+            [busy for at, busy, _ in card if self.told[0] <= at <= self.told[-1]]
+            for card in self.cards.values()
+        ]
+        return [statistics.fmean(seen) for seen in within if seen]
 
     def card_gib(self) -> float | None:
-        """All that the card held at its fullest."""
-        return max((used for *_, used in self.card), default=0.0) * _MIB / GIB or None
+        """All that the fullest card held at its fullest."""
+        return (
+            max((used for card in self.cards.values() for *_, used in card), default=0.0) * _MIB / GIB or None
+        )
 
 
-def watch(command: list[str], environment: dict[str, str]) -> Seen:
-    """Run a command, and see when it tells of its steps and what it does to the first GPU.
+def watch(command: list[str], environment: dict[str, str], gpus: int) -> Seen:
+    """Run a command, and see when it tells of its steps and what it does to its GPUs.
 
     Raises:
         SystemExit: with the end of its output, if it fails.
     """
-    seen, lines, visible = Seen(), [], os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(",")[:gpus]
+    seen, lines = Seen(), []
     began = time.perf_counter()
     try:
-        card = subprocess.Popen([*_QUERY, f"--id={visible}"], stdout=subprocess.PIPE, text=True)
+        card = subprocess.Popen([*_QUERY, f"--id={','.join(visible)}"], stdout=subprocess.PIPE, text=True)
     except OSError:
         card = None
 
     def sample(readings: Any) -> None:
         for line in readings:
-            busy, used = (float(part) for part in line.split(","))
-            seen.card.append((time.perf_counter() - began, busy, used))
+            index, busy, used = line.split(",")
+            seen.cards.setdefault(index, []).append((time.perf_counter() - began, float(busy), float(used)))
 
     if card is not None:
         threading.Thread(target=sample, args=[card.stdout], daemon=True).start()
@@ -107,8 +113,9 @@ def row(seen: Seen, words: list[str], caches: str, folder: RunDirectory, machine
         f"the run said {said}, {summary['wall_tokens_per_second']:,.0f} tokens/s over the whole command",
         "start {}, waiting for saves {}, end {}".format(*lost),
     ]
-    if (busy := seen.busy()) is not None:
-        note.insert(2, f"GPU busy {busy:.0f}% from first to last step told")
+    if busy := seen.busy():
+        shares = " and ".join(f"{share:.0f}%" for share in busy)
+        note.insert(2, f"GPU busy {shares} from first to last step told")
     if (held := seen.card_gib()) is not None:
         note.append(f"card_gib {held:.2f}")
     as_b = settings.run.per_device_train_batch_size * settings.data.max_length
@@ -145,7 +152,7 @@ def main(arguments: list[str] | None = None) -> None:
             words = [*wanted.words, "--output_dir", str(folder / caches), "--cache_dir", str(folder / "rows")]
             run = [sys.executable, "-u", "-m", "falcon_qlora", "train", "--gpus", str(wanted.gpus)]
             command = [*run, *words, "--report_to", "none"]
-            seen = watch(command, dict(environment))
+            seen = watch(command, dict(environment), wanted.gpus)
             with of_a_run(folder / caches):
                 made = row(seen, words, caches, RunDirectory(folder / caches), machine)
             print(f"{made['tokens_per_second']:,} tokens/s; {made['note']}", flush=True)

@@ -162,16 +162,19 @@ def test_a_control_group_without_room_for_a_copy_has_the_training_wait_and_the_s
 
 
 def test_host_memory_of_a_copy_is_what_its_pieces_take(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU's host, whose pinned memory comes in powers of two; nothing is pinned here."""
-    taken, real = [], torch.empty
+    """As on a GPU's host; nothing is locked here."""
+    taken = []
 
-    def empty(size: int, *, dtype: torch.dtype, pin_memory: bool) -> torch.Tensor:
-        assert pin_memory
-        taken.append(1 << (size - 1).bit_length())
-        return real(size, dtype=dtype)
+    class Memory:
+        def __init__(self, device: torch.device):
+            assert device.type == "cuda"
+
+        def new(self, size: int) -> torch.Tensor:
+            taken.append(size)
+            return torch.empty(size, dtype=torch.uint8)
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch, "empty", empty)
+    monkeypatch.setattr(host_copy, "PageLocked", Memory)
     monkeypatch.setattr(host_copy, "_PIECE_BYTES", 1024)
     sizes = [1000, 10, 8, 3000, 0, 900, 0, 200, 1024, 64, 5000]
     tree = [torch.arange(size // 2, dtype=torch.int16) for size in sizes]
@@ -180,6 +183,17 @@ def test_host_memory_of_a_copy_is_what_its_pieces_take(monkeypatch: pytest.Monke
     assert all(torch.equal(one, other) for one, other in zip(copies.take(tree), tree, strict=True))
     assert expected == sum(taken)
     assert copies.more_bytes(sizes) == 0
+
+
+def test_memory_that_is_not_locked_is_told_once_and_saves_as_well(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(host_copy.PageLocked, "new", lambda *_: (_ for _ in ()).throw(MemoryError("refused")))
+    monkeypatch.setattr(host_copy, "_PIECE_BYTES", 64)
+    copies, tree = host_copy.HostCopies(), [torch.arange(100), torch.arange(200)]
+    copies.reserve([1600])
+    assert all(torch.equal(one, other) for one, other in zip(copies.take(tree), tree, strict=True))
+    assert capsys.readouterr().out.count("refused; the GPU waits for each copy") == 1
 
 
 def test_saves_that_come_faster_than_they_are_written_are_all_made(
