@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -132,6 +133,13 @@ def test_segments_expand_unless_the_user_says_how(
         monkeypatch.delenv(name, raising=False)
     for name, value in given.items():
         monkeypatch.setenv(name, value)
-    use_expandable_segments()
+    of_torch: Any = torch._C  # imported before, as in a notebook
+    before = of_torch._accelerator_getAllocatorSettings()
+    of_torch._accelerator_setAllocatorSettings("expandable_segments:False")
+    try:
+        use_expandable_segments()
+        assert of_torch._accelerator_getAllocatorSettings().endswith("False" if given else "True")
+    finally:
+        of_torch._accelerator_setAllocatorSettings(before)
     found = {name: os.environ[name] for name in os.environ if name.endswith("ALLOC_CONF")}
     assert found == (given or {"PYTORCH_ALLOC_CONF": "expandable_segments:True"})
