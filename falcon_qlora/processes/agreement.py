@@ -143,6 +143,22 @@ def met_by_all(mine: T) -> list[T]:
     return [pickle.loads(store.get(each)) for each in keys]
 
 
+def done_by_all(work: Callable[[], T]) -> T:
+    """Run `work` on every process and return its result here once all are through.
+
+    Raises:
+        PeerError: if it failed elsewhere, where its error is raised.
+    """
+    try:
+        result = work()
+    except Exception as error:
+        met_by_all(EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_BUG)
+        raise
+    if status := max(met_by_all(0)):
+        raise PeerError(status)
+    return result
+
+
 def met_by_main(mine: T) -> list[T]:
     """On the main process each process's (small, picklable) object, by process index; elsewhere its own.
 

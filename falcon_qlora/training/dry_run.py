@@ -187,7 +187,8 @@ class DryRun:
             UserError: if it is not whole, or a check of the run's end has failed.
         """
         with phase("reading back", "reading back what was saved"):
-            loaded = self._read_back(trainer, directory)
+            # The main process, which removes the folder, waits for the others.
+            loaded = agreement.done_by_all(lambda: self._read_back(trainer, directory))
         if not ranks.is_main_process():
             return
         summary, cut = directory.read("summary"), trainer.cutter.cut

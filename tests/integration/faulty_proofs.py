@@ -13,6 +13,8 @@
 {"do": "gone", "rank": 1}       the data's file is not there
 {"do": "kernel", "rank": 1}     GELU gives more than it should
 {"do": "sum", "rank": 1}        an all-reduce gives more than it should
+{"do": "dawdle", "rank": 1}     what a dry run saved is read back two seconds later
+{"do": "blind", "rank": 1}      and then is not there
 {"do": "card", "mib": 30}       there is a card of this size, beside what libraries take
 """
 
@@ -20,6 +22,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,6 +31,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from falcon_qlora.common.errors import UserError
 from falcon_qlora.data import corpus
 from falcon_qlora.data.batches import DocumentReader
 from falcon_qlora.kernels import ops
@@ -177,6 +181,20 @@ def _sum() -> None:
     dist.all_reduce = faulty
 
 
+def _dawdle(then_fails: bool = False) -> None:
+    from falcon_qlora.training.dry_run import DryRun
+
+    read = DryRun._read_back
+
+    def faulty(*given: Any) -> str:
+        time.sleep(2)
+        if then_fails:
+            raise UserError("the checkpoint is not there")
+        return read(*given)
+
+    DryRun._read_back = faulty  # type: ignore[method-assign]
+
+
 def _card(mib: float) -> None:
     card = Card(name="made up", title="made up", gib=mib / 2**10)
     batch_tokens.card_here = lambda: card
@@ -197,4 +215,6 @@ _FAULTS: dict[str, Callable[[], None]] = {
     "gone": _gone,
     "kernel": _kernel,
     "sum": _sum,
+    "dawdle": _dawdle,
+    "blind": lambda: _dawdle(then_fails=True),
 }

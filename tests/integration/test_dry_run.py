@@ -43,8 +43,9 @@ def dry_run(work: Processes, *words: str, faults: list[dict[str, Any]]) -> tuple
 
 
 @pytest.mark.slow
-def test_two_ranks_pass_and_leave_nothing(work: Processes) -> None:
-    status, told, errors = dry_run(work, faults=[])
+@pytest.mark.parametrize("faults", [[], [{"do": "dawdle", "rank": 1}]], ids=["together", "one later"])
+def test_two_ranks_pass_and_leave_nothing(work: Processes, faults: list[dict[str, Any]]) -> None:
+    status, told, errors = dry_run(work, faults=faults)
     assert status == 0, errors
     (table,) = re.findall(r"dry run: passed on 2 ranks; nothing was left behind\n(.*)", told, re.S)
     labels = [line.split()[0] for line in table.splitlines()]
@@ -85,6 +86,7 @@ def test_two_ranks_pass_and_leave_nothing(work: Processes) -> None:
         ({"do": "full", "bytes": 10_000}, None, "save", r"kept/adapter could not be written", "make room"),
         ({"do": "alpha"}, 0, "save", "what was saved failed its check", ""),
         ({"do": "odd", "step": 1, "rank": 1}, None, "first step", r"replicas diverged: ranks \[1\]", "GPUs"),
+        ({"do": "blind", "rank": 1}, 1, "reading back", "the checkpoint is not there", ""),
         ({"do": "version", "rank": 1}, None, "versions", rf"rank 1 on {HERE} has peft 0\.0\.1", "install"),
     ],
     ids=lambda value: value["do"] if isinstance(value, dict) else None,
