@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from falcon_qlora.common.errors import UserError, nearest
-from falcon_qlora.common.untrusted import file_beside, read_json
+from falcon_qlora.common.errors import UserError, nearest, one_line
+from falcon_qlora.common.untrusted import file_beside, is_count, read_json
 from falcon_qlora.models.layouts import PRESETS, layout_of, layout_of_preset, preset_config, read_config
 from falcon_qlora.models.layouts.base import Layout
 from falcon_qlora.models.prepared import read_prepared
@@ -126,11 +126,16 @@ def parse_random(name: str, seed: int) -> RandomCheckpoint:
     layout = layout_of_preset(preset)
     overrides = _overrides(name, {*layout.config_class().to_dict(), *layout.presets[preset], "rope_theta"})
     if "seed" in overrides:
-        seed = int(overrides.pop("seed"))
+        seed = overrides.pop("seed")
     elif seed:
         # An adapter trained on it needs this to find the same base again.
         name = f"{name}{',' if query else '?'}seed={seed}"
-    return RandomCheckpoint(name=name, config=preset_config(preset, **overrides), seed=seed)
+    layout.read({"model_type": layout.model_types[0], **layout.presets[preset], **overrides}, name)
+    try:
+        config = preset_config(preset, **overrides)
+    except Exception as error:  # of settings that no file's are read
+        raise UserError(f"{name}: {one_line(error)}") from None
+    return RandomCheckpoint(name=name, config=config, seed=seed)
 
 
 def outline_of_random(name: str) -> Any:
@@ -161,6 +166,8 @@ def _overrides(name: str, known: set[str]) -> dict[str, Any]:
             overrides[key] = json.loads(text.lower())
         except json.JSONDecodeError:
             overrides[key] = text
+        if key == "seed" and not is_count(overrides[key], least=0, most=2**63 - 1):
+            raise UserError(f"{name}: the seed is {text[:40]!r}; expected a whole number of at least 0")
     return overrides
 
 

@@ -68,7 +68,8 @@ def test_7b_offloaded_is_the_resident_run_in_less_memory_and_goes_on(processes: 
     of_blocks = stored_bytes(step("falcon-7b").config, "4bit") / 32 * BLOCKS / 2**30
     saved = resident["peak_memory_gib"] - less["peak_memory_gib"]
     assert saved == pytest.approx(of_blocks * (1 - 2 / BLOCKS), rel=0.15)
-    assert 0.9 < less["predicted_peak_memory_gib"] / less["peak_memory_gib"] < 1.15
+    over = less["predicted_peak_memory_gib"] - less["peak_memory_gib"]  # about the same of 40B
+    assert -0.1 * less["peak_memory_gib"] < over < 1
     stopped = [{"do": "signal", "step": 3, "rank": 0, "number": 15}]
     status, output, errors = run(
         processes, "--output_dir", "stopped", gpus=1, faults=stopped, settings=offloaded

@@ -274,6 +274,12 @@ def test_random_models_are_the_same_for_a_seed_and_say_it_in_their_name():
     [
         ("random:falcon-7", "did you mean falcon-7b"),
         ("random:falcon-7b?hidden=3", "did you mean hidden_size"),
+        ("random:falcon-7b?num_hidden_layers=2&seed=1", "num_hidden_layers is '2&seed=1'; expected 1 to"),
+        ("random:falcon-7b?num_attention_heads=0", "num_attention_heads is '0'; expected 1 to"),
+        ("random:falcon-7b?hidden_size=64,num_attention_heads=3", "64 is no multiple of 3 attention heads"),
+        ("random:falcon-7b?seed=x", "the seed is 'x'; expected a whole number"),
+        ("random:falcon-7b?multi_query=maybe", "not the configuration of a Falcon: .*multi_query"),
+        ("random:falcon-7b?id2label=3", "random:falcon-7b.id2label=3: "),
         ("no/such/folder", "no folder"),
         ("./missing", "no folder"),
     ],
