@@ -10,7 +10,7 @@ from falcon_qlora.common.errors import UserError
 from falcon_qlora.data import cache
 from falcon_qlora.data.formats import load_template, recognise
 from falcon_qlora.data.json_rows import listed
-from falcon_qlora.data.sources import Source, find_source
+from falcon_qlora.data.sources import HubSource, Source, find_source
 from falcon_qlora.data.templates import Template
 from falcon_qlora.data.tokens import Encoder
 
@@ -109,8 +109,11 @@ class RowSettings:
         for standard, given in self.columns.items():
             if standard not in used:
                 names = listed(self.dataset_name)
+                first, *others = self.sources()
                 told = f"no such column in {names}"
-                if len(self.dataset_name) > 1:
+                if not isinstance(first, HubSource):  # whose rows would be asked for once more
+                    told += f", which has {listed(first.columns())}"
+                if others:
                     told = f"none of {names} has such a column and a format with {standard}"
                 raise UserError(
                     f"--{standard}_column {given}: {told}. Drop the flag if the column is called {standard}, "

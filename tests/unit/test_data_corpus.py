@@ -498,7 +498,8 @@ def test_a_column_that_a_flag_names_is_in_one_of_the_data_sets(tmp_path: Path) -
     other = write(tmp_path / "other.jsonl", [{"prompt": "1+2?", "answer": "3"}])
     renamed = {"columns": {"completion": "answer"}}
     assert len(texts(prepare(tmp_path, own, other, **renamed)[0])) == 2
-    with pytest.raises(UserError, match=r"--completion_column answer: no such column in \S*own.jsonl\. Drop"):
+    told = r"--completion_column answer: no such column in \S*own.jsonl, which has completion, prompt\. Drop"
+    with pytest.raises(UserError, match=told):
         prepare(tmp_path, own, **renamed)
     third = write(tmp_path / "third.jsonl", [{"instruction": "1+3?", "output": "4"}])
     assert len(texts(prepare(tmp_path, other, third, **renamed)[0])) == 2
