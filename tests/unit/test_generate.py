@@ -415,7 +415,11 @@ def test_bad_flags_are_told_before_anything_is_loaded(flags: list[str], said: st
 
 @pytest.mark.parametrize(
     ("content", "said"),
-    [("[]", "must hold a JSON list of texts"), ('["a", 3]', "must hold"), ('["a", " "]', "number 2 is empty")],
+    [
+        ("[]", "must hold a JSON list of texts"),
+        ('["a", 3]', "must hold"),
+        ('["a", " "]', "number 2 is empty"),
+    ],
 )
 def test_a_file_of_prompts_has_one_in_each_place(tmp_path: Path, content: str, said: str) -> None:
     (tmp_path / "prompts.json").write_text(content)
