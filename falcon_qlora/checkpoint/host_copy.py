@@ -63,8 +63,8 @@ class HostCopies:
         self._buffers: list[Tensor] = []
         self._ready: list[Any] = []
         self._stop_reserving = threading.Event()
-        self._locked: PageLocked | None = None
-        self._refused: str | None = None
+        self._memory = PageLocked(devices.local_device())
+        self._is_refused = False
         self._piece: Any = np.empty(0, dtype=np.uint8)
         self._taken = 0
         self._copied: Any = None
@@ -78,8 +78,8 @@ class HostCopies:
         for _ in range(self.more_bytes(sizes) // _PIECE_BYTES):
             began = time.monotonic()
             try:
-                self._ready.append(self._locked_piece(_PIECE_BYTES))
-            except MemoryError:  # `take` will say so
+                self._ready.append(self._memory.new(_PIECE_BYTES).numpy())
+            except (MemoryError, RuntimeError):  # `take` will say so, or Python is ending
                 return
             # While a piece is locked nothing can be queued for the GPU, so only for a share of the time.
             if self._stop_reserving.wait(3 * (time.monotonic() - began)):
@@ -144,14 +144,9 @@ class HostCopies:
 
     def _new_piece(self, size: int) -> Any:
         try:
-            return self._locked_piece(size)
+            return self._memory.new(size).numpy()
         except MemoryError as error:
-            if self._refused is None:
+            if not self._is_refused:
                 note(f"memory for copies of what is saved: {error}; the GPU waits for each copy")
-            self._refused = str(error)
+            self._is_refused = True
             return np.empty(size, dtype=np.uint8)
-
-    def _locked_piece(self, size: int) -> Any:
-        if self._locked is None:
-            self._locked = PageLocked(devices.local_device())
-        return self._locked.new(size).numpy()

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from falcon_qlora.commands.first_look import held_out_sources, look_at_held_out, look_at_rows
+from falcon_qlora.commands.first_look import look_at_held_out, look_at_rows
 from falcon_qlora.commands.opening import less_memory, merge_record, note_aside, parse_with_run, source_of
 from falcon_qlora.commands.words import split
 from falcon_qlora.common.errors import UserError, first_line, nearest, printable
@@ -152,10 +152,10 @@ def _take_trained_template(
         return
     trained = f"--adapter {configuration.extra.adapter}" if configuration.extra.adapter else "the merge"
     trained_template(record, tokenizer, trained=trained, say_so="--template FILE", tell=note_aside)
-    settings = RowSettings(**row_settings(data))
     split = None if all_rows else data.eval_split
     of_dataset = split is None or is_fraction(split)
-    for rows in settings.sources() if of_dataset else held_out_sources(settings, str(split)):
+    settings = RowSettings(**row_settings(data), held_out=not of_dataset)
+    for rows in settings.sources() if of_dataset else settings.held_out_sources(str(split)):
         row_format, _, other = recognise_source(settings, rows, tokenizer)
         try:
             resolve_template(name, row_format)

@@ -7,6 +7,7 @@ imported, and only the beginning of large data is read.
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +21,7 @@ from falcon_qlora.data.formats import AUTO, BY_FORMAT, resolve_template
 from falcon_qlora.data.rendering import render
 from falcon_qlora.data.selection import is_fraction
 from falcon_qlora.data.settings import RowSettings
-from falcon_qlora.data.sources import LocalSource, Source, find_source
+from falcon_qlora.data.sources import LocalSource, Source
 from falcon_qlora.data.templates import TEMPLATES, TOKENIZER, Template, get_template
 from falcon_qlora.inference.base_and_adapter import adapter_folder
 from falcon_qlora.methods.adapter_folder import RECORD, read_adapter, read_record
@@ -158,16 +159,9 @@ def look_at_held_out(data: DataArguments) -> None:
 
 
 def _look_at_split(settings: RowSettings, split: str) -> None:
-    for source in held_out_sources(settings, split):
+    settings = replace(settings, held_out=True)
+    for source in settings.held_out_sources(split):
         _look_at_source(settings, source, _ROWS)
-
-
-def held_out_sources(settings: RowSettings, split: str) -> list[Source]:
-    """What ``--eval_split`` names, if that is no share of the rows."""
-    if split.startswith("split:"):
-        return settings.sources(split.removeprefix("split:"))
-    of_file = "train" if Path(split).expanduser().is_file() else settings.dataset_split
-    return [find_source(split, config=settings.dataset_config, split=of_file)]
 
 
 def _look_at_source(settings: RowSettings, source: Source, rows: int) -> None:

@@ -170,6 +170,8 @@ def _prompts(wanted: GenerateArguments) -> list[str] | None:
         raise UserError(f"{name}: not valid JSON: {error}") from None
     if not isinstance(prompts, list) or not prompts or not all(isinstance(text, str) for text in prompts):
         raise UserError(f'{name}: must hold a JSON list of texts, such as ["Who are you?"]')
+    if empty := [number for number, text in enumerate(prompts, 1) if not text.strip()]:
+        raise UserError(f"{name}: prompt number {empty[0]} is empty; leave it out, or give text")
     return [_as_text(prompt, name) for prompt in prompts]
 
 

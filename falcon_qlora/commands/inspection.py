@@ -252,11 +252,16 @@ def _adapter(folder: Path) -> Inspection:
     if config is None:
         found.add("note", "the base model's configuration is not here: the tensors were not compared with it")
         return found
-    tensors = found.attempt(lambda: [(each.name, each.fault, each.is_zero) for each in adapter.read(config)])
-    if tensors is not None and not found.collect(
-        (fault for _, fault, _ in tensors if fault is not None), adapter.file
-    ):
-        zero = [name for name, _, is_zero in tensors if is_zero]
+    zero = []
+
+    def faults() -> Iterator[str]:
+        for each in adapter.read(config):
+            if each.fault:
+                yield each.fault
+            elif each.is_zero:
+                zero.append(each.name)
+
+    if not found.collect(faults(), adapter.file):
         found.trained = adapter.is_trained(config, zero)
         lost = adapter.lost_tensors(config, zero)
         found.collect((f"{name} is zero throughout: lost, or never trained" for name in lost), adapter.file)

@@ -24,7 +24,6 @@ from falcon_qlora.data.formats import read_as
 from falcon_qlora.data.origins import RowNames
 from falcon_qlora.data.selection import draw, hold_out, is_fraction
 from falcon_qlora.data.settings import RowSettings
-from falcon_qlora.data.sources import Source, find_source
 from falcon_qlora.data.tokens import COUNTED, Change, Status
 
 
@@ -172,21 +171,41 @@ def prepare_corpora(
         train, part = (_corpus(documents, ~held_out, weights, seed), _corpus(documents, held_out, None, seed))
         # What became of the rows is told of the training corpus, to which every dropped row belongs.
         return train, replace(part, sources=tuple(replace(use, account={}) for use in part.sources))
-    others: list[Source] = []
-    if eval_split is not None and eval_split.startswith("split:"):
-        others = settings.sources(eval_split.removeprefix("split:"))
-    elif eval_split is not None:
-        is_file = Path(eval_split).expanduser().is_file()  # which has no splits
-        split = "train" if is_file else settings.dataset_split
-        others = [find_source(eval_split, config=settings.dataset_config, split=split)]
     train = _corpus(documents, everything, weights, seed)
-    if not others:
+    if eval_split is None:
         return train, None
     trained = np.unique(documents.content[documents.status == Status.KEPT])
-    documents = _joined([work.documents(source, None) for source in others])
-    named = _corpus(documents, np.ones(len(documents.row), bool), None, seed)
+    documents, named = _named(work, eval_split)
     both = documents.rows((documents.status == Status.KEPT) & np.isin(documents.content, trained))
     return train, replace(named, statistics=replace(named.statistics, rows_trained_too=both))
+
+
+def prepare_held_out(
+    eval_split: str,
+    *,
+    tokenizer: Any,
+    tokenizer_fingerprint: str,
+    num_proc: int | None = None,
+    cache_dir: Path | None = None,
+    **rows: Any,
+) -> Corpus:
+    """As the second of `prepare_corpora`, for held-out data that is named; the training data is not read."""
+    work = Tokenizing(
+        settings=RowSettings(**rows),
+        tokenizer=tokenizer,
+        tokenizer_fingerprint=tokenizer_fingerprint,
+        num_proc=num_proc,
+        cache_dir=cache_dir,
+        progress=lambda message: None,
+    )
+    return _named(work, eval_split)[1]
+
+
+def _named(work: Tokenizing, eval_split: str) -> tuple[_Joined, Corpus]:
+    work = replace(work, settings=replace(work.settings, held_out=True))
+    sources = work.settings.held_out_sources(eval_split)
+    documents = _joined([work.documents(source, None) for source in sources])
+    return documents, _corpus(documents, np.ones(len(documents.row), bool), None, 0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.data import cache
 from falcon_qlora.data.formats import load_template, recognise
 from falcon_qlora.data.json_rows import listed
-from falcon_qlora.data.sources import Source, find_source
+from falcon_qlora.data.sources import HubSource, Source, find_source
 from falcon_qlora.data.templates import Template
 from falcon_qlora.data.tokens import Encoder
 
@@ -34,6 +35,7 @@ class RowSettings:
         append_end_token: whether the end token follows every answer.
         overlong: ``"split"``, ``"truncate"`` or ``"drop"``, for rows longer than `max_length`.
         max_length: the most tokens of a document.
+        held_out: of held-out rows, which need not have the columns that flags name for the training's.
 
     Raises:
         UserError: for weights that are not one per data set, or not above 0.
@@ -50,6 +52,7 @@ class RowSettings:
     append_end_token: bool = True
     overlong: str = "split"
     max_length: int
+    held_out: bool = False
 
     def __post_init__(self) -> None:
         weights = self.dataset_weights
@@ -69,6 +72,13 @@ class RowSettings:
         """The sources that `dataset_name` names, for `dataset_split` or another split."""
         split = self.dataset_split if split is None else split
         return [find_source(name, config=self.dataset_config, split=split) for name in self.dataset_name]
+
+    def held_out_sources(self, split: str) -> list[Source]:
+        """What ``--eval_split`` names, if that is no share of the rows."""
+        if split.startswith("split:"):
+            return self.sources(split.removeprefix("split:"))
+        of_file = "train" if Path(split).expanduser().is_file() else self.dataset_split  # it has no splits
+        return [find_source(split, config=self.dataset_config, split=of_file)]
 
     def limits(self, max_rows: int | None) -> list[int | None]:
         """How many rows of each source are read at most: `max_rows` in all, or None for every row.
@@ -93,7 +103,7 @@ class RowSettings:
             columns=self.columns,
             dataset_format=self.dataset_format,
             source=source,
-            others=len(self.dataset_name) > 1,
+            others=self.held_out or len(self.dataset_name) > 1,
         )
 
     def check_used(self, renamed: Iterable[Mapping[str, str]]) -> None:
@@ -109,8 +119,11 @@ class RowSettings:
         for standard, given in self.columns.items():
             if standard not in used:
                 names = listed(self.dataset_name)
+                first, *others = self.sources()
                 told = f"no such column in {names}"
-                if len(self.dataset_name) > 1:
+                if not isinstance(first, HubSource):  # whose rows would be asked for once more
+                    told += f", which has {listed(first.columns())}"
+                if others:
                     told = f"none of {names} has such a column and a format with {standard}"
                 raise UserError(
                     f"--{standard}_column {given}: {told}. Drop the flag if the column is called {standard}, "

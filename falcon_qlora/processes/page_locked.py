@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import mmap
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -21,9 +22,9 @@ class PageLocked:
 
     def __init__(self, device: torch.device):
         self._device = device
-        self._addresses: list[int] = []
+        self._locked: list[Tensor] = []  # held here: what is locked must not go
         if device.type == "cuda":
-            weakref.finalize(self, _unlock, self._addresses, device).atexit = False
+            weakref.finalize(self, _unlock, self._locked, device).atexit = False
 
     def new(self, size: int) -> Tensor:
         """Bytes of any value, uint8 ``[size]``; on any thread.
@@ -40,15 +41,22 @@ class PageLocked:
         made = torch.frombuffer(held, dtype=torch.uint8)
         if self._device.type == "cuda":
             made[::_PAGE_BYTES] = 0
-            with torch.cuda.device(self._device):
-                failed = int(torch.cuda.cudart().cudaHostRegister(made.data_ptr(), size, 0))
+            # After a refusal, this thread's next kernel would fail: CUDA reports a thread's last error there.
+            with ThreadPoolExecutor(1) as other:
+                failed = other.submit(_lock, made, self._device).result()
             if failed:
                 raise MemoryError(f"it cannot be page-locked (CUDA error {failed})")
-            self._addresses.append(made.data_ptr())
+            self._locked.append(made)
         return made
 
 
-def _unlock(addresses: list[int], device: torch.device) -> None:
-    torch.cuda.synchronize(device)  # a copy may be on its way
-    for address in addresses:
-        torch.cuda.cudart().cudaHostUnregister(address)
+def _lock(memory: Tensor, device: torch.device) -> int:
+    with torch.cuda.device(device):
+        return int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), len(memory), 0))
+
+
+def _unlock(locked: list[Tensor], device: torch.device) -> None:
+    with torch.cuda.device(device):  # on whichever thread this runs
+        torch.cuda.synchronize()  # a copy may be on its way
+        for memory in locked:
+            torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())

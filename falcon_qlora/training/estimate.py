@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 
 # Beside PyTorch's own: what nvidia-smi counts of an H200 for CUDA and loaded kernels, and for NCCL.
 _CONTEXT_BYTES, _NCCL_BYTES = int(0.85 * GIB), int(0.7 * GIB)
-_MOST_SEQUENCES = 2**16
 _ALL: tuple[Checkpointing, ...] = ("none", "selective", "full", "offload")
 
 
@@ -230,7 +229,7 @@ class Estimator:
     def largest(self, card: Card, checkpointing: Checkpointing) -> int:
         """The most sequences of a micro batch that fit, where all blocks do the same; 0: none does."""
         few, many = 0, 1
-        while many <= _MOST_SEQUENCES and self._all(card, checkpointing, many).fits:
+        while self._all(card, checkpointing, many).fits:
             few, many = many, 2 * many
         while many - few > 1:
             middle = (few + many) // 2

@@ -54,10 +54,16 @@ def held_out_text(configuration: Configuration, tokenizer: Any, run: RunDirector
             corpus = rows.corpora(data, tokenizer, seed=configuration.run.seed)[1]
             source = f"{split} of the rows of {', '.join(data.dataset_name)}"
         else:
-            corpus = rows.held_out_alone(data, tokenizer, seed=configuration.run.seed)
+            corpus = rows.held_out_alone(data, tokenizer)
             source = f"{split} of {', '.join(data.dataset_name)}" if split.startswith("split:") else split
     except UserError as error:
         raise UserError(*error.lines, NAME_ANOTHER) from None
+    used = {standard for use in corpus.sources for standard in use.columns}
+    unused = (
+        f"--{standard}_column {given}: no such column in {source}, whose own were read"
+        for standard, given in data.columns().items()
+        if standard not in used
+    )
     recorded = data_record(run).get("held_out")
     return HeldOutText(
         dataset=corpus.dataset,
@@ -65,7 +71,7 @@ def held_out_text(configuration: Configuration, tokenizer: Any, run: RunDirector
         fingerprint=corpus.fingerprint,
         source=source,
         is_the_runs_own=isinstance(recorded, dict) and recorded.get("fingerprint") == corpus.fingerprint,
-        notes=() if is_fraction(split) else tuple(rows.what_became(corpus)),
+        notes=() if is_fraction(split) else (*rows.what_became(corpus), *unused),
     )
 
 

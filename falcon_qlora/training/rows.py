@@ -89,18 +89,24 @@ def corpora(data: DataArguments, tokenizer: Any, *, seed: int, **changes: Any) -
         changes: arguments of `prepare_corpora` that replace the settings.
     """
     from falcon_qlora.data.corpus import prepare_corpora
-    from falcon_qlora.models.tokenizer import tokenizer_fingerprint
 
-    settings = row_settings(data) | {
+    settings = _corpus_settings(data, tokenizer) | {
         "eval_split": data.eval_split,
-        "tokenizer": tokenizer,
-        "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
         "seed": seed,
-        "num_proc": data.dataset_num_proc,
-        "cache_dir": Path(data.cache_dir) if data.cache_dir else None,
         "max_rows": data.max_rows,
     }
     return prepare_corpora(**settings | changes)
+
+
+def _corpus_settings(data: DataArguments, tokenizer: Any) -> dict[str, Any]:
+    from falcon_qlora.models.tokenizer import tokenizer_fingerprint
+
+    return row_settings(data) | {
+        "tokenizer": tokenizer,
+        "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
+        "num_proc": data.dataset_num_proc,
+        "cache_dir": Path(data.cache_dir) if data.cache_dir else None,
+    }
 
 
 def make_plan(data: DataArguments, run: RunArguments, corpus: Any) -> Plan:
@@ -201,7 +207,7 @@ def _streamed_data(data: DataArguments, run: RunArguments, tokenizer: Any, *, to
 
     held_out = None
     if data.eval_split is not None:
-        held_out = agreement.main_process_first(lambda: held_out_alone(data, tokenizer, seed=run.seed))
+        held_out = agreement.main_process_first(lambda: held_out_alone(data, tokenizer))
     rows = RowSettings(**row_settings(data))
     dataset_format, template = agreement.main_process_first(lambda: recognise_stream(rows, tokenizer))
     sources = agreement.from_main_process(
@@ -248,6 +254,7 @@ def _streamed_data(data: DataArguments, run: RunArguments, tokenizer: Any, *, to
                 read_as,
                 *told,
                 *_of_held_out(data, held_out),
+                *(["held out: not compared with the rows of the stream"] if held_out else []),
                 *(note for source in sources for note in source["notes"]),
             ],
             [held_out],
@@ -317,15 +324,12 @@ def _dealing(run: RunArguments, *, together: bool) -> Dealing:
     )
 
 
-def held_out_alone(data: DataArguments, tokenizer: Any, *, seed: int) -> Any:
+def held_out_alone(data: DataArguments, tokenizer: Any) -> Any:
     """The held-out documents, of a file or another split, without tokenizing the training data."""
-    split = data.eval_split
-    assert split is not None
-    changes: dict[str, Any] = {"dataset_name": [split]}
-    if split.startswith("split:"):
-        changes = {"dataset_split": split.removeprefix("split:")}
-    whole = {"eval_split": None, "dataset_weights": None, "max_rows": None}
-    return corpora(data, tokenizer, seed=seed, **whole, **changes)[0]
+    from falcon_qlora.data.corpus import prepare_held_out
+
+    assert data.eval_split is not None
+    return prepare_held_out(data.eval_split, **_corpus_settings(data, tokenizer))
 
 
 def _notes(lines: Sequence[str], corpora: Sequence[Any]) -> list[str]:

@@ -14,10 +14,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from falcon_qlora.commands.first_look import look_at_rows
 from falcon_qlora.common.errors import UserError
-from falcon_qlora.data.corpus import Corpus, prepare_corpora
+from falcon_qlora.config import parse
+from falcon_qlora.data.corpus import Corpus, prepare_corpora, prepare_held_out
 from falcon_qlora.data.templates import Segment
 from falcon_qlora.data.tokens import Document, Encoder, Status
+from falcon_qlora.training.held_out import held_out_text
 from tests.small_tokenizer import END, small_tokenizer
 
 _ABOVE = [folder / "shared" / "data" for folder in Path(__file__).resolve().parents]
@@ -167,15 +170,23 @@ def alpaca(count: int, name: str = "") -> list[dict[str, Any]]:
     return [{"instruction": f"say {name}{n}", "output": f"{name} {n} " * (n % 5 + 1)} for n in range(count)]
 
 
-def prepare(folder: Path, *names: str, **changes: Any) -> tuple[Corpus, Corpus | None]:
-    chosen = {
+def a_chat() -> list[dict[str, str]]:
+    return [{"role": "user", "content": "say b"}, {"role": "assistant", "content": "b"}]
+
+
+def prepare_settings(folder: Path, *names: str, **changes: Any) -> dict[str, Any]:
+    return {
         "dataset_name": list(names),
         "max_length": 400,
         "tokenizer": small_tokenizer(),
         "tokenizer_fingerprint": "small",
         "cache_dir": folder / "cache",
+        **changes,
     }
-    return prepare_corpora(**(chosen | changes))
+
+
+def prepare(folder: Path, *names: str, **changes: Any) -> tuple[Corpus, Corpus | None]:
+    return prepare_corpora(**prepare_settings(folder, *names, **changes))
 
 
 def texts(corpus: Corpus) -> list[str]:
@@ -498,12 +509,42 @@ def test_a_column_that_a_flag_names_is_in_one_of_the_data_sets(tmp_path: Path) -
     other = write(tmp_path / "other.jsonl", [{"prompt": "1+2?", "answer": "3"}])
     renamed = {"columns": {"completion": "answer"}}
     assert len(texts(prepare(tmp_path, own, other, **renamed)[0])) == 2
-    with pytest.raises(UserError, match=r"--completion_column answer: no such column in \S*own.jsonl\. Drop"):
+    told = r"--completion_column answer: no such column in \S*own.jsonl, which has completion, prompt\. Drop"
+    with pytest.raises(UserError, match=told):
         prepare(tmp_path, own, **renamed)
     third = write(tmp_path / "third.jsonl", [{"instruction": "1+3?", "output": "4"}])
     assert len(texts(prepare(tmp_path, other, third, **renamed)[0])) == 2
     with pytest.raises(UserError, match=r"--completion_column answer: none of .*own.jsonl, "):
         prepare(tmp_path, own, third, **renamed)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [{"instruction": "say b", "output": "b"}, {"messages": a_chat()}, {"question": "say b", "output": "b"}],
+)
+def test_held_out_rows_may_have_columns_of_their_own(tmp_path: Path, row: dict[str, Any]) -> None:
+    train = write(tmp_path / "train.jsonl", [{"question": "say a", "output": "a"}])
+    held_out = write(tmp_path / "held_out.jsonl", [row])
+    renamed = {"columns": {"instruction": "question"}}
+    _, beside = prepare(tmp_path, train, eval_split=held_out, **renamed)
+    settings = prepare_settings(tmp_path, train, **renamed)
+    assert beside is not None
+    assert prepare_held_out(held_out, **settings).fingerprint == beside.fingerprint
+    assert len(beside.lengths) == 1
+    words = [
+        "-m",
+        "tiny",
+        "--dataset_name",
+        train,
+        "--eval_split",
+        held_out,
+        "--instruction_column",
+        "question",
+    ]
+    look_at_rows(parse(words).data, held_out)
+    told = held_out_text(parse([*words, "--max_length", "400"]), small_tokenizer(), None)
+    unused = f"--instruction_column question: no such column in {held_out}, whose own were read"
+    assert (unused in told.notes) == ("question" not in row)
 
 
 def test_rows_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

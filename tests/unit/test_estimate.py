@@ -410,6 +410,15 @@ def test_the_largest_micro_batch_fits_and_one_more_does_not(card: str, words: st
         assert fits == [most > 0, False]
 
 
+def test_a_small_model_of_short_documents_fills_a_card_as_well() -> None:
+    estimator = Estimator(parse(["-m", "tiny", "--max_length", "2"]), find_outline_here("tiny"))
+    most = estimator.largest(CARDS["h200"], "offload")
+    fits = [
+        estimator.on(CARDS["h200"], checkpointing="offload", sequences=each).fits for each in (most, most + 1)
+    ]
+    assert fits == [True, False]
+
+
 def test_auto_fits_wherever_anything_does() -> None:
     estimator = Estimator(parse([]), find_outline_here("random:falcon-7b"))
     for gib in range(7, 40, 2):

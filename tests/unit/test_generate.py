@@ -413,6 +413,20 @@ def test_bad_flags_are_told_before_anything_is_loaded(flags: list[str], said: st
         generate.main(["-m", "tiny", *flags])
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("[]", "must hold a JSON list of texts"),
+        ('["a", 3]', "must hold"),
+        ('["a", " "]', "number 2 is empty"),
+    ],
+)
+def test_a_file_of_prompts_has_one_in_each_place(tmp_path: Path, content: str, said: str) -> None:
+    (tmp_path / "prompts.json").write_text(content)
+    with pytest.raises(UserError, match=said):
+        generate.main(["-m", "tiny", "--prompt_file", str(tmp_path / "prompts.json")])
+
+
 def test_broken_adapter_settings_are_told(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("{")
     with pytest.raises(UserError, match="not valid JSON"):
