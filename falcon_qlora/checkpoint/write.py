@@ -80,6 +80,21 @@ def last_complete(checkpoints: Path, address: str | None, *, how: str | None = N
     return f"The last complete checkpoint is {whole}: {how}."
 
 
+def after_bad_rows(checkpoints: Path, address: str | None, *, weights: str) -> list[str]:
+    """A sentence on how to go on where a row could not be read; none if this machine has no checkpoint.
+
+    Args:
+        checkpoints, address: see `last_complete`.
+        weights: the flag that opens a checkpoint's weights in a new run.
+    """
+    whole, _ = newest_whole(checkpoints)
+    if whole is None:
+        return []
+    last = last_complete(checkpoints, address)
+    anew = f"begin a new run with its weights ({weights} {quoted(str(whole))})"
+    return [f"{last} Once rows are changed it cannot be resumed: {anew}."]
+
+
 @contextlib.contextmanager
 def disk_errors() -> Iterator[None]:
     """Turn what libraries raise on a full or failing disk into an OSError."""

@@ -23,6 +23,8 @@ from trl import SFTConfig, SFTTrainer
 
 from falcon_qlora.checkpoint import process_state
 from falcon_qlora.checkpoint.checkpointer import Checkpointer
+from falcon_qlora.checkpoint.write import after_bad_rows
+from falcon_qlora.common.errors import UserError
 from falcon_qlora.data.batches import Share, StreamingSteps, TrainingSteps, recut
 from falcon_qlora.data.origins import RowNames
 from falcon_qlora.inference.evaluation import Evaluation
@@ -241,7 +243,13 @@ class FalconTrainer(SFTTrainer):
         if self._ahead is None:
             self.read_ahead()
         assert self._ahead is not None
-        share, self._ahead = self._ahead.result(), None
+        try:
+            share, self._ahead = self._ahead.result(), None
+        except UserError as error:  # late in a stream
+            saves, weights = self.checkpointer, "-m" if method_of(self.model).is_whole else "--adapter"
+            saves.join(failing=True)
+            how = after_bad_rows(saves.folder, saves.address, weights=weights)
+            raise UserError(*error.lines, *how) from None
         if self._resumption is not None:  # after reading, for which the loop draws random numbers
             self._resumption.take_up_random_states()
             self._resumption = None

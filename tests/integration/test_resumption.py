@@ -16,6 +16,7 @@ import falcon_qlora
 from falcon_qlora.commands.inspection import inspect_folder
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.config import parse
+from falcon_qlora.data.stream import stream_documents
 from tests.integration.runs import metrics, write_jsonl
 
 ROWS = [{"instruction": f"Say {number}.", "output": f"It is {number}."} for number in range(12)]
@@ -198,3 +199,39 @@ def test_a_checkpoint_that_is_a_link_out_of_its_run(stopped: Path, tmp_path: Pat
     assert "no checkpoint in" in refusal(folder)
     found = inspect_folder(folder / "run")
     assert f"{inside} is a link that leads out of the run" in found.faults
+
+
+@pytest.mark.slow
+def test_a_row_that_breaks_a_stream_late_is_told_with_the_ways_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert stream_documents.__kwdefaults__ is not None
+    monkeypatch.setitem(stream_documents.__kwdefaults__, "shuffle_buffer", 4)
+    file = tmp_path / "rows.jsonl"
+    write_jsonl(file, ROWS * 90)  # the start reads the first thousand
+    whole = file.read_text()
+    file.write_text(whole + '{"instruction": "torn\n')
+    settings: dict[str, Any] = {
+        "model_name_or_path": "tiny",
+        "dataset_name": file,
+        "streaming": True,
+        "max_length": 256,
+        "per_device_train_batch_size": 8,
+        "save_steps": 5,
+        "lora_r": 4,
+        "report_to": "none",
+    }
+    with pytest.raises(UserError) as refused:
+        falcon_qlora.train(**settings, output_dir=tmp_path / "run", max_steps=1000)
+    broken, how = str(refused.value).splitlines()
+    assert f"{file}:1081: not valid JSON" in broken
+    found = re.fullmatch(
+        r"The last complete checkpoint is (\S+step-\d+): resume it with --resume. Once rows are changed it "
+        r"cannot be resumed: begin a new run with its weights \(--adapter (\S+)\).",
+        how,
+    )
+    assert found is not None
+    assert found[1] == found[2]
+    file.write_text(whole)
+    refusal(tmp_path)
+    falcon_qlora.train(**settings, output_dir=tmp_path / "anew", adapter=found[2], max_steps=1)
