@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from falcon_qlora.commands.first_look import look_at_held_out
 from falcon_qlora.commands.opening import less_memory, parse_with_run, source_of
 from falcon_qlora.common.errors import UserError
-from falcon_qlora.common.files import quoted, remove_leftovers, sha256
+from falcon_qlora.common.files import quoted, sha256
 from falcon_qlora.common.settings import setting
 from falcon_qlora.common.stores import is_address
 from falcon_qlora.common.version import VERSION
@@ -96,7 +96,7 @@ def main(argv: list[str]) -> int:
 
     choose_by: ChooseBy = "kl_divergence" if configuration.data.eval_split is None else "loss"
     request = _request(source, wanted, folder, largest_file, choose_by)
-    remove_leftovers(out)
+    check_out(out, overwrite=configuration.run.overwrite)  # libraries took their time to load
     check_disk(out, needed_bytes(request))
     with progress() as say, less_memory(source, "a smaller -b or --max_length"):
         certificate = _merge(configuration, source, request, out, run, record, say)
@@ -157,7 +157,14 @@ def _merge(
     )
     origin = _origin(configuration, request, run, record)
     return build.merge(
-        request, out, origin=origin, held_out=held_out, batches=batches, reference=reference, say=say
+        request,
+        out,
+        overwrite=configuration.run.overwrite,
+        origin=origin,
+        held_out=held_out,
+        batches=batches,
+        reference=reference,
+        say=say,
     )
 
 

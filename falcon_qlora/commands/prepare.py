@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from falcon_qlora.common.errors import UserError
-from falcon_qlora.common.files import is_being_written, quoted, replaced_folder
+from falcon_qlora.common.files import quoted
 from falcon_qlora.common.quantities import counted, gib
 from falcon_qlora.common.stores import is_address
 from falcon_qlora.config import Configuration, parse
@@ -83,7 +83,7 @@ def main(argv: list[str]) -> int:
 def _quantize(configuration: Configuration) -> int:
     """Write the quantized base to ``--output_dir``, completely or not at all."""
     from falcon_qlora.commands.first_look import look_at_model
-    from falcon_qlora.merge.out import BASE, check_disk, check_out
+    from falcon_qlora.merge.out import BASE, check_disk, check_out, new_folder
 
     name, out = configuration.model.model_name_or_path, Path(str(configuration.run.output_dir))
     if is_address(str(configuration.run.output_dir)):
@@ -107,13 +107,12 @@ def _quantize(configuration: Configuration) -> int:
         note(
             f"{name} has no tokenizer of its own, and none is copied: name one with --tokenizer_name_or_path"
         )
-    if is_being_written(out):
-        raise UserError(f"--output_dir {out}: another process is preparing this folder. Wait for it to end")
+    check_out(out, overwrite=configuration.run.overwrite, kind=BASE)  # libraries took their time to load
     check_disk(out, request.needed_bytes(), BASE)
     blocks = request.checkpoint.config.num_hidden_layers
     with (
         progress() as say,
-        replaced_folder(out, first_wins=not configuration.run.overwrite) as folder,
+        new_folder(out, overwrite=configuration.run.overwrite, kind=BASE) as folder,
     ):
         write_base(request, folder, at_block=lambda n: say(f"quantizing {name}: block {n + 1} of {blocks}"))
     print_plain(f"wrote {out}/ ({request.scheme.words}); train on it: -m {quoted(str(out))}")

@@ -15,7 +15,7 @@ from falcon_qlora.common.files import replaced, write_text
 from falcon_qlora.common.quantities import duration
 from falcon_qlora.common.untrusted import of_a_run
 from falcon_qlora.compare.figures import Compared, Figures, figures
-from falcon_qlora.run_folder.directory import RunDirectory
+from falcon_qlora.run_folder.directory import RunDirectory, batch_of
 from falcon_qlora.terminal import charts, markdown
 from falcon_qlora.terminal.charts import Bar
 from falcon_qlora.terminal.markdown import code, escaped
@@ -172,10 +172,15 @@ class Comparison:
     def _settings_that_differ(self) -> list[str]:
         """A table of the settings in which runs differ; the first run of a name stands for all its seeds."""
         settings: dict[str, dict[str, Any]] = {}
-        for run in self._made():
-            if run.name not in settings:
+        for run, row in zip(self.compared, self.rows, strict=True):
+            if run.reason is None and run.name not in settings:
                 with of_a_run(run.folder):
-                    settings[run.name] = RunDirectory(run.folder).read_config()
+                    of_run = RunDirectory(run.folder).read_config()
+                # A run that went on has written down the size of its steps, others what makes it.
+                batch = {"global_batch_size": batch_of(of_run, row.gpus)}
+                left_out = {*batch, "gradient_accumulation_steps"}
+                settings[run.name] = {name: of_run[name] for name in of_run if name not in left_out}
+                settings[run.name] |= batch if batch["global_batch_size"] is not None else {}
         differing = []
         for setting in dict.fromkeys(name for each in settings.values() for name in each):
             # Runs of other methods or earlier releases lack some settings.

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from falcon_qlora.common.errors import UserError
-from falcon_qlora.common.files import replaced_folder, sha256, write_json, write_text
+from falcon_qlora.common.files import sha256, write_json, write_text
 from falcon_qlora.common.record_files import CERTIFICATE
 from falcon_qlora.data.packing import MicroBatch
 from falcon_qlora.inference.evaluation import (
@@ -24,6 +24,7 @@ from falcon_qlora.inference.evaluation import (
     token_losses,
 )
 from falcon_qlora.merge.certificate import FORMAT, Certificate, ChooseBy, HeldOut, Measured, Origin, card
+from falcon_qlora.merge.out import new_folder
 from falcon_qlora.merge.tensors import Onto, merged_tensors
 from falcon_qlora.methods.adapter_folder import SavedAdapter
 from falcon_qlora.models.checkpoints import Checkpoint
@@ -101,6 +102,7 @@ def merge(
     request: Request,
     out: Path,
     *,
+    overwrite: bool,
     origin: Origin,
     held_out: HeldOut,
     batches: Sequence[MicroBatch],
@@ -111,7 +113,8 @@ def merge(
 
     Args:
         request: what to merge.
-        out: replaced if it exists.
+        out: the folder.
+        overwrite: replace it if it exists.
         origin: for the certificate.
         held_out: describes `batches`.
         batches: the text to measure on.
@@ -119,10 +122,11 @@ def merge(
         say: takes what is being done.
 
     Raises:
-        UserError: if no merge is within the limits; then nothing is kept.
+        UserError: if no merge is within the limits, or another process has made `out` meanwhile; then nothing
+            is kept.
     """
     adapter_loss = mean_loss(token_losses(reference))
-    with replaced_folder(out) as folder:
+    with new_folder(out, overwrite=overwrite) as folder:
         measured: dict[Onto, Measured] = {}
         hashes: dict[Onto, dict[str, str]] = {}
         for onto in request.candidates:

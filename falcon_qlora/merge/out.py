@@ -1,12 +1,14 @@
-"""Checks of where a merge or a prepared base is written, made before any large library is loaded."""
+"""Where a merge or a prepared base is written. Imports no large library: mistakes are told at once."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from falcon_qlora.common.errors import UserError
-from falcon_qlora.common.files import free_bytes, try_to_write
+from falcon_qlora.common.files import free_bytes, is_being_written, replaced_folder, try_to_write
 from falcon_qlora.common.quantities import gib
 from falcon_qlora.common.record_files import CERTIFICATE, PREPARED
 
@@ -56,13 +58,15 @@ def check_out(out: Path, *, overwrite: bool, kind: Kind = MERGE) -> None:
     """Refuse to replace what the user may want to keep.
 
     Raises:
-        UserError: if `out` exists, unless `overwrite` is set and it is of this kind or an empty folder; or if
-            it cannot be written there.
+        UserError: if `out` exists, unless `overwrite` is set and it is of this kind or an empty folder; if
+            another process is writing it; or if it cannot be written there.
     """
     try:
         try_to_write(out.parent)
     except OSError as error:
         raise UserError(f"{kind.flag} {out}: cannot write there ({error.strerror})") from None
+    if is_being_written(out):
+        raise UserError(f"{kind.flag} {out}: another process is writing this {kind.what}. Wait for it to end")
     if not out.exists():
         return
     if not out.is_dir() or (any(out.iterdir()) and not (out / kind.mark).is_file()):
@@ -73,4 +77,21 @@ def check_out(out: Path, *, overwrite: bool, kind: Kind = MERGE) -> None:
     if not overwrite:
         raise UserError(
             f"{kind.flag} {out}: exists already. Name another folder, or replace it (--overwrite)"
+        )
+
+
+@contextlib.contextmanager
+def new_folder(out: Path, *, overwrite: bool, kind: Kind = MERGE) -> Iterator[Path]:
+    """Yield an empty folder, which becomes `out` when the block ends without an error.
+
+    Raises:
+        UserError: if another process has made `out` meanwhile, unless `overwrite` is set.
+    """
+    with replaced_folder(out, first_wins=not overwrite) as folder:
+        yield folder
+        ours = folder.stat().st_ino
+    if out.stat().st_ino != ours:
+        raise UserError(
+            f"{kind.flag} {out}: another process has written this folder meanwhile. Its {kind.what} stays, "
+            "this one was not kept: name another folder, or replace it (--overwrite)"
         )

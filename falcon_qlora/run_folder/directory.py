@@ -247,6 +247,17 @@ class RunDirectory:
         write_json(self.trackers_file, {**everything, tracker: dict(record)})
 
 
+def batch_of(settings: Mapping[str, Any], processes: int | None) -> Any:
+    """Sequences of a step in a run with these recorded settings; None if they do not say."""
+    whole = settings.get("global_batch_size")
+    each, pieces = (
+        settings.get(name) for name in ("per_device_train_batch_size", "gradient_accumulation_steps")
+    )
+    if whole is None and all(isinstance(factor, int) for factor in (each, pieces, processes)):
+        return each * pieces * processes  # type: ignore[operator]
+    return whole
+
+
 class Backlog:
     """Writes what a run can do without: the first OSError prints a note, and each call retries what failed.
 

@@ -196,8 +196,11 @@ class DryRun:
         peak = f"{summary['peak_memory_gib']:.2f} GiB at most on one rank"
         if summary["predicted_peak_memory_gib"] is not None:
             peak += f", {summary['predicted_peak_memory_gib']:.2f} predicted"
+        done = "forward, backward, optimizer"
+        if summary["overflowed_steps"]:
+            done = "forward, backward; no optimizer, as a gradient overflowed in float16"
         self._rows += [
-            ("step", f"{tokens:,} tokens, the most of these rows: forward, backward, optimizer; {peak}"),
+            ("step", f"{tokens:,} tokens, the most of these rows: {done}; {peak}"),
             *([("cut", cut.told())] if self._configuration.data.packing else []),
             ("save", loaded),
         ]

@@ -89,7 +89,7 @@ def finish(
         replicas = require_same_replicas(
             replicated(model), trainer.checkpointer.last_complete, step=trainer.state.global_step
         )
-    require_moved(trainer)
+    require_moved(trainer, is_trial=run.dry_run)
     reduction = trainer.meter.share_of_this_start(trainer.step.reduction.clock.finish())
     mine = peak_memory_gib(), round(reduction, 4), checks.facts(trainer, base.quantize_mode)
     peaks, reductions, facts = map(list, zip(*agreement.gather_objects(mine), strict=True))

@@ -25,11 +25,15 @@ def footprint(model: nn.Module) -> str:
     )
 
 
-def require_moved(trainer: FalconTrainer) -> None:
+def require_moved(trainer: FalconTrainer, *, is_trial: bool) -> None:
     """Refuse a run whose weights are as they were at the start; every process calls this.
 
     Every number is compared, by a checksum. An adapter is refused too if all tensors that start at zero are
     still zero: it computes what the base does, even if weight decay has changed its other tensors.
+
+    Args:
+        trainer: done.
+        is_trial: whether it took a dry run's one step, which in float16 may overflow, as a run's first ones.
 
     Raises:
         UserError: saying why.
@@ -37,6 +41,8 @@ def require_moved(trainer: FalconTrainer) -> None:
     model = trainer.model
     same = agreement.gather_objects(footprint(model) == trainer.footprint_at_start)
     if not all(same) and not _is_still_zero(model):
+        return
+    if is_trial and trainer.step.bad_steps.overflowed:  # a run goes on with half the scale; a trial ends
         return
     raise UserError(
         f"nothing was trained: after {counted(trainer.state.global_step, 'step')} the weights "
@@ -74,11 +80,16 @@ def _why(trainer: FalconTrainer) -> str:
             f"({args.learning_rate:g}), --lr_scheduler_type and --warmup_steps"
         )
     if not bool(trainer.step.reached):
+        if trainer.step.bad_steps.overflowed:
+            return (
+                f"No step had a finite gradient: {counted(trainer.step.bad_steps.overflowed, 'step')} "
+                "overflowed in float16, each of which halves the loss scale. Train for more steps, or give "
+                "--compute_dtype bf16 or fp32"
+            )
         skipped = f"; {bad:,} steps were skipped as non-finite" if bad else ""
-        fp16 = ". In fp16 gradients may overflow: give --compute_dtype bf16 or fp32" if args.fp16 else ""
         return (
             f"No step had a finite gradient other than zero{skipped}: the loss reaches nothing that is "
-            f"trained{fp16}"
+            "trained"
         )
     dtype = str(_trained(trainer.model)[0].dtype).removeprefix("torch.")
     return (

@@ -19,7 +19,7 @@ from falcon_qlora.data.stream import changed_source
 from falcon_qlora.methods.adapter_folder import RECORD, read_record
 from falcon_qlora.methods.open_adapter import is_as_recorded
 from falcon_qlora.processes import ranks
-from falcon_qlora.run_folder.directory import RunDirectory
+from falcon_qlora.run_folder.directory import RunDirectory, batch_of
 from falcon_qlora.terminal.console import note
 from falcon_qlora.training import sharding
 from falcon_qlora.training.rows import TrainingData, global_batch
@@ -129,7 +129,7 @@ def _compare_settings(configuration: Configuration, checkpoint: Path, record: di
     if not before:
         return
     before = settings_of_run(before, run.path)
-    batch = _batch_of(before, record["processes"])
+    batch = batch_of(before, record["processes"])
     if batch not in (None, record["global_batch"]):
         raise not_what_training_wrote(checkpoint, "global_batch", record["global_batch"])
     if before.get("optim") == sharding.OPTIMIZER and sharding.has_unsuitable_optimizer_of_recipe(
@@ -166,17 +166,6 @@ def _has_only_moved(name: str, is_now: Any, checkpoint: Path) -> bool:
     if what is None or is_now is None or not (checkpoint / RECORD).is_file():
         return False
     return is_as_recorded(is_now, what, read_record(checkpoint)) is True
-
-
-def _batch_of(settings: dict[str, Any], processes: int) -> Any:
-    """Sequences of a step in a run with these settings; None if they do not say."""
-    whole = settings.get("global_batch_size")
-    each, pieces = (
-        settings.get(name) for name in ("per_device_train_batch_size", "gradient_accumulation_steps")
-    )
-    if whole is None and isinstance(each, int) and isinstance(pieces, int):
-        return each * pieces * processes
-    return whole
 
 
 def _say_what_differs(processes: int, *, draws: bool) -> None:

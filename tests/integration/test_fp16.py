@@ -146,6 +146,23 @@ def test_a_gradient_that_overflows_on_one_rank_is_skipped_by_all_and_the_scale_i
 
 
 @pytest.mark.slow
+def test_a_first_step_that_overflows_fails_no_dry_run_and_a_run_of_nothing_else_says_so(
+    processes: Processes,
+) -> None:
+    overflow = [{"do": "gradient", "step": 1, "rank": 1}]
+    words = ("--output_dir", "run", "--steps", "1", "--save_steps", "1")
+    status, told, errors = run(processes, *words, "--dry_run", faults=overflow, settings=WORDS)
+    assert status == 0, errors
+    assert "dry run: passed on 2 ranks" in told
+    assert "no optimizer, as a gradient overflowed in float16" in " ".join(told.split())
+    status, told, errors = run(processes, *words, faults=overflow, settings=WORDS)
+    assert status == 2
+    assert "nothing was trained" in errors
+    assert "1 step overflowed in float16" in errors
+    assert "Train for more steps" in errors
+
+
+@pytest.mark.slow
 def test_losses_are_those_of_bf16_within_its_noise(tmp_path: Path) -> None:
     losses, rows = {}, write_jsonl(tmp_path / "rows.jsonl", ROWS)
     for dtype in ("fp32", "fp16", "bf16"):

@@ -1,9 +1,14 @@
-"""kill -9 inside merge, prepare and compare, and to W&B's process: nothing half done is taken for whole."""
+"""kill -9 inside merge, prepare and compare, and to W&B's process: nothing half done is taken for whole.
+
+Also of two at once into one folder.
+"""
 
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import subprocess
 import time
 from collections.abc import Iterator
 
@@ -11,6 +16,7 @@ import pytest
 
 import falcon_qlora
 from tests.integration.processes import Processes
+from tests.integration.refusals import contents, only_message
 from tests.integration.runs import metrics, write_jsonl
 
 pytestmark = pytest.mark.slow
@@ -39,14 +45,20 @@ def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
     found.end()
 
 
-def killed_when(processes: Processes, there: str, *words: str) -> None:
-    """Run a command, and kill it as soon as a path of this pattern is in the folder."""
+def begun(processes: Processes, there: str, *words: str) -> subprocess.Popen[str]:
+    """Run a command until a path of this pattern is in the folder."""
     process = processes.start("falcon_qlora", *words)
     deadline = time.monotonic() + 120
     while not [*processes.folder.glob(there)]:
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.002)
+    return process
+
+
+def killed_when(processes: Processes, there: str, *words: str) -> None:
+    """Run a command, and kill it as soon as a path of this pattern is in the folder."""
+    process = begun(processes, there, *words)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate(timeout=60)
     assert processes.none_left(within_s=1.0), "a process stayed"
@@ -69,6 +81,28 @@ def test_merge(processes: Processes) -> None:
     done(processes, *words)
     assert [path.name for path in (processes.folder / "merges").iterdir()] == ["m"]
     done(processes, "inspect", "merges/m")
+
+
+MERGE = "merge --adapter run --held_out_tokens 256 --out".split()
+PREPARE = "prepare -m tiny --output_dir".split()
+
+
+@pytest.mark.parametrize(("words", "other"), [(MERGE, "--dtype fp32"), (PREPARE, "-q 8bit")])
+def test_of_two_into_one_folder_one_is_told(processes: Processes, words: list[str], other: str) -> None:
+    folder, out = processes.folder, f"twice/{words[0]}"
+    done(processes, *words, "elsewhere", *other.split())
+    process = begun(processes, f"{out.replace('/', '/.')}-partial-*/**/model*.safetensors", *words, out)
+    os.kill(process.pid, signal.SIGSTOP)
+    assert processes.start("falcon_qlora", *words, out).wait(120) == 2
+    shutil.move(folder / "elsewhere", folder / out)  # as one that began at the same moment puts it there
+    before = contents(folder / out)
+    os.kill(process.pid, signal.SIGCONT)
+    _, errors = process.communicate(timeout=240)
+    assert process.returncode == 2, errors
+    assert "another process has written this folder meanwhile" in only_message(errors)
+    assert contents(folder / out) == before
+    assert [path.name for path in (folder / out).parent.iterdir()] == [words[0]]
+    shutil.rmtree(folder / "twice")
 
 
 def test_prepare_and_its_cache(processes: Processes) -> None:

@@ -467,7 +467,7 @@ def test_of_two_at_once_the_second_is_refused(processes: Processes) -> None:
     output, errors = second.communicate(timeout=120)
     os.kill(first.pid, signal.SIGCONT)
     assert second.returncode == 2, (output, errors)
-    assert "another process is preparing this folder" in errors
+    assert "another process is writing this prepared base" in errors
     output, errors = first.communicate(timeout=240)
     assert first.returncode == 0, (output, errors)
     assert [path.name for path in (processes.folder / "out").iterdir()] == ["base"]

@@ -261,6 +261,22 @@ def test_runs_are_compared_that_have_no_summary_and_that_are_of_before(
     assert "lora_r" not in settings  # which only one of them has
 
 
+def test_the_size_of_a_step_differs_where_it_does_however_it_was_written_down(tmp_path: Path) -> None:
+    made = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3, "global_batch_size": None}
+    went_on = made | {"gradient_accumulation_steps": 6, "global_batch_size": 6}
+    runs = {}
+    for name, gpus, batch in (("one", 1, made), ("resumed", 1, went_on), ("on_two", 2, made)):
+        folder = make_run(tmp_path / name, speeds=[1], gpus=gpus, evaluations={1: 1.0})
+        directory = RunDirectory(folder)
+        directory.write_config({"seed": 1, **directory.read_config(), **batch})
+        runs[name] = ran(name, folder)
+    alike = Comparison(title="alike", compared=[runs["one"], runs["resumed"]])
+    assert "Settings that differ" not in alike.markdown()
+    unlike = Comparison(title="unlike", compared=list(runs.values())).markdown()
+    assert "| global_batch_size | 6 | 6 | 12 |" in unlike
+    assert "gradient_accumulation_steps" not in unlike
+
+
 @pytest.mark.parametrize(
     ("folders", "message"),
     [
