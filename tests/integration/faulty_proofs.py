@@ -136,10 +136,10 @@ def _peak() -> None:
 def _rebased() -> None:
     require_moved = finish.require_moved
 
-    def faulty(trainer: Any) -> None:
+    def faulty(trainer: Any, **named: Any) -> None:
         config = Path(trainer.model.config.name_or_path, "config.json")
         config.write_text(config.read_text() + "\n")
-        require_moved(trainer)
+        require_moved(trainer, **named)
 
     finish.require_moved = faulty
 

@@ -88,7 +88,7 @@ def test_a_run_says_what_it_was_trained_on(whole, capsys):
 @pytest.mark.parametrize("method", ["lora", "adapter", "adapter_v2", "full"])
 def test_a_run_at_rate_zero_is_not_trained_yet(tmp_path, capsys, monkeypatch, method):
     # As releases left one that refused none. Shorter than --logging_steps, it has logged no loss.
-    monkeypatch.setattr("falcon_qlora.training.finish.require_moved", lambda trainer: None)
+    monkeypatch.setattr("falcon_qlora.training.finish.require_moved", lambda trainer, **_: None)
     monkeypatch.setattr("falcon_qlora.training.trainer.FalconTrainer.create_scheduler", still)
     settings = {"max_steps": 1, "logging_steps": 10}
     run = fine_tune(tmp_path, method=method, **settings)
