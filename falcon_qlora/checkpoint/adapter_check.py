@@ -223,7 +223,7 @@ def _check_tensors(
 
     config: Any = model.config
     zero = saved.check(config, compare)
-    for name in in_memory.keys() - saved.method.saved_shapes(config).keys():
+    for name in sorted(in_memory.keys() - saved.method.saved_shapes(config).keys()):
         raise AdapterFaultError(f"{saved.file} lacks {name}, which the model in memory has")
     # PEFT's file records less than the method; check_opening tries out what it does record.
     if saved.method.opened_by != "peft" and saved.method != method_of(model):

@@ -7,7 +7,6 @@ import sys
 
 # The second is the older name, which wins where both are set.
 _VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
-
 _SETTING = "expandable_segments:True"
 
 

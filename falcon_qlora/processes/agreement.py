@@ -106,11 +106,15 @@ def _made(key: str, make: Callable[[], T]) -> T:
     try:
         result = make()
     except BaseException as error:
-        status = EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_BUG
-        store.set(key, pickle.dumps((status, None)))  # type: ignore[arg-type]
+        store.set(key, pickle.dumps((_status_of(error), None)))  # type: ignore[arg-type]
         raise
     store.set(key, pickle.dumps((0, result)))  # type: ignore[arg-type]
     return result
+
+
+def _status_of(error: BaseException) -> int:
+    """With which a process that met it ends."""
+    return EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_BUG
 
 
 def _made_elsewhere(key: str) -> Any:
@@ -152,7 +156,7 @@ def done_by_all(work: Callable[[], T]) -> T:
     try:
         result = work()
     except Exception as error:
-        met_by_all(EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_BUG)
+        met_by_all(_status_of(error))
         raise
     if status := max(met_by_all(0)):
         raise PeerError(status)

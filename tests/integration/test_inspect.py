@@ -6,7 +6,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ from safetensors.torch import load_file, save_file
 
 import falcon_qlora
 from falcon_qlora import __main__ as cli
+from falcon_qlora.common.errors import UserError
+from falcon_qlora.methods.adapter_folder import ReadTensor, SavedAdapter
 from falcon_qlora.methods.table import METHODS
 from tests.integration.runs import command, write_jsonl
 from tests.integration.test_adapter import fine_tune
@@ -317,3 +319,15 @@ def test_as_a_user_runs_it(whole):
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith(f"{whole / 'merged'}: merge, whole\n")
     assert result.stderr == "loading libraries …\n"
+
+
+def test_what_was_wrong_before_an_error_ends_the_reading_is_named_too(copy, capsys, monkeypatch):
+    def read(self: SavedAdapter, config: Any) -> Iterator[ReadTensor]:
+        yield ReadTensor("first", fault="first is missing")
+        raise UserError("the rest cannot be read")
+
+    monkeypatch.setattr(SavedAdapter, "read", read)
+    status, said = inspect(copy / "run" / "adapter", capsys)
+    assert status == 2
+    assert "first is missing" in said
+    assert "the rest cannot be read" in said
