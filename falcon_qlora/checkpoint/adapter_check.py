@@ -40,6 +40,7 @@ from falcon_qlora.models.tensor_files import stored_tensors
 from falcon_qlora.models.token_rows import rows_of
 from falcon_qlora.models.undrawn import Undrawn
 from falcon_qlora.processes import devices
+from falcon_qlora.processes.cores import on_one_core
 from falcon_qlora.terminal.console import note
 
 _DEFAULT, _PROBE = "default", "probe"
@@ -154,10 +155,11 @@ def check_reading(folder: Path, model: nn.Module, state: Mapping[str, Tensor] | 
     except Exception as error:  # whatever PEFT raises: the adapter does not open
         raise AdapterFaultError(f"{folder} cannot be opened again: {error}") from error
     found = method.saved_tensors(opened)
-    for name, tensor in method.saved_tensors(model, state).items():
-        if name not in found:
-            raise AdapterFaultError(f"{folder}, opened again, lacks {name}")
-        _compare(folder, name, found[name], tensor)
+    with on_one_core():
+        for name, tensor in method.saved_tensors(model, state).items():
+            if name not in found:
+                raise AdapterFaultError(f"{folder}, opened again, lacks {name}")
+            _compare(folder, name, found[name], tensor)
     mine, theirs = _scales(model), _scales(opened)
     for name in sorted(mine.keys() | theirs.keys()):
         if mine.get(name) != theirs.get(name):
@@ -283,7 +285,7 @@ def _opened_by_peft(folder: Path, model: Any) -> Iterator[None]:
     try:
         try:
             # Not with low_cpu_mem_usage: PEFT would round the adapter to the base's dtype.
-            with refused, Undrawn():
+            with refused, base.device, Undrawn():  # made where it lies: moving each there takes longer
                 model.load_adapter(str(folder), _PROBE, torch_device=str(base.device))
         except torch.OutOfMemoryError:
             raise

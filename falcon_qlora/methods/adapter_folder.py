@@ -25,6 +25,7 @@ from falcon_qlora.common.untrusted import read_json, refuse_links
 from falcon_qlora.methods.interface import Method
 from falcon_qlora.methods.table import is_whole, method_named, method_settings
 from falcon_qlora.models.tensor_files import opened_tensors, read_tensor, stored_tensors
+from falcon_qlora.processes.cores import on_one_core
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -199,13 +200,14 @@ class SavedAdapter:
             UserError: for the first that is wrong, and as `read`.
         """
         zero = []
-        for each in self.read(config):
-            if each.fault or each.values is None:
-                raise UserError(f"{self.file}: {each.fault}. The adapter is damaged or of another model")
-            if also is not None:
-                also(each.name, each.values)
-            if each.is_zero:
-                zero.append(each.name)
+        with on_one_core():
+            for each in self.read(config):
+                if each.fault or each.values is None:
+                    raise UserError(f"{self.file}: {each.fault}. The adapter is damaged or of another model")
+                if also is not None:
+                    also(each.name, each.values)
+                if each.is_zero:
+                    zero.append(each.name)
         return zero
 
     def open(self, base: Any, *, trainable: bool = False) -> Any:
