@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -227,3 +229,79 @@ def test_it_takes_rows_of_zeros() -> None:
     put(low, torch.ones(3), torch.tensor(1.0), left, right)
     assert not Rows(left, torch.ones(3)).float().any()
     assert not right.float().any()
+
+
+class Epilogue:
+    """What the library makes of a function, on the CPU: it is given tensors where a kernel gives values."""
+
+    def __init__(self, function: Any, outputs: tuple[str, ...]) -> None:
+        self.function, self.outputs = function, outputs
+
+    def gemm(
+        self, a: Tensor, b: Tensor, d: Tensor, c: Tensor | None, *, epi_args: dict[str, Tensor],
+        b_kn: bool, post_init_attrs: Any, **tile: Any,
+    ) -> None:  # fmt: skip
+        assert a.is_contiguous()
+        assert b.T.is_contiguous()
+        assert dict(post_init_attrs)["fp8_slow_accum"] is False
+        assert tile.keys() == {"tile_M", "tile_N", "cluster_M", "cluster_N", "pingpong"}
+        vectors = {name: value[:, None] for name, value in epi_args.items() if name not in self.outputs}
+        addend = [] if c is None else [c.float()]
+        found = self.function(a.float() @ b.float(), *addend, **vectors)
+        assert found.keys() == {"D", *self.outputs}
+        for name, value in found.items():
+            (d if name == "D" else epi_args[name]).copy_(value)
+
+
+@pytest.fixture
+def library(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """A stand-in for the library, as far as products with GELU use it."""
+    activation, frontend, operations = (ModuleType(name) for name in ("activation", "frontend", "ops"))
+    activation.gelu_erf = torch.nn.functional.gelu  # type: ignore[attr-defined]
+    activation.dgelu_erf = lambda x, grad: (  # type: ignore[attr-defined]
+        torch.ops.aten.gelu_backward(grad, x),
+        torch.nn.functional.gelu(x),
+    )
+    frontend.gemm_epilogue = lambda outputs, ops: lambda f: Epilogue(f, outputs)  # type: ignore[attr-defined]
+    operations.ColVecLoad = str  # type: ignore[attr-defined]
+    quack = ModuleType("quack")
+    quack.activation = activation  # type: ignore[attr-defined]
+    for name, module in {"": quack, ".epilogue.frontend": frontend, ".epilogue.ops": operations}.items():
+        monkeypatch.setitem(sys.modules, f"quack{name}", module)
+    monkeypatch.setitem(sys.modules, "quack.epilogue", ModuleType("quack.epilogue"))
+    return activation
+
+
+def test_the_library_is_asked_for_what_the_plain_forms_compute(library: ModuleType, emulated: None) -> None:
+    products = fp8_gelu_products._tried(torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+    rows, _ = fp8.quantize_rows(torch.randn(5, 32, generator=generator))
+    weight = torch.randn(48, 32, generator=generator).to(fp8.DTYPE)
+    before = torch.randn(5, 48, generator=generator).bfloat16()
+    scale, scales = torch.tensor(0.01), torch.full((5,), 0.1)
+    cheaper = fp8_gelu_products._define(after_too=False)
+    ours, theirs = (each.forward(rows, weight, scale, scales, torch.bfloat16) for each in (products, PLAIN))
+    assert_close(ours[0], theirs[0])
+    assert_close(ours[1].float(), theirs[1].float(), rtol=0.13, atol=0)
+    assert_close(ours[2], theirs[2])
+    assert cheaper.forward(rows, weight, scale, scales, torch.bfloat16)[2] is None
+    back, of_plain = (each.backward(rows, weight, scale, scales, before) for each in (products, PLAIN))
+    assert_close(back[1:], of_plain[1:])
+    assert_close(back[0].float(), of_plain[0].float(), rtol=0.13, atol=0)
+    empty = products.forward(
+        Rows(rows.values[:0], rows.scales[:0]), weight, scale, scales[:0], torch.bfloat16
+    )
+    assert empty[0].shape == (0, 48)
+
+
+@pytest.mark.parametrize("bug", ["another GELU", "no gradient", "not a number"])
+def test_a_library_that_computes_something_else_is_not_used(bug: str, library: Any, emulated: None) -> None:
+    plain = library.gelu_erf
+    if bug == "another GELU":
+        library.gelu_erf = lambda x: plain(x) + 0.03 * x
+    if bug == "no gradient":
+        library.dgelu_erf = lambda x, grad: (grad, plain(x))
+    if bug == "not a number":
+        library.gelu_erf = lambda x: plain(x) * torch.nan
+    with pytest.raises(ArithmeticError, match="an FP8 product with GELU is wrong by"):
+        fp8_gelu_products._tried(torch.device("cpu"))
