@@ -16,6 +16,7 @@ From the bottom up: `ops`, `fp8`, `dropout`, `prefix`, `scale_shift` and `ssd_op
 form, its reference, and choose between it and Triton's form, which has a file of its own. `ssd_ops`' plain
 forms, of a state space, are in `ssd`. `frozen_linear` multiplies by frozen weights with LoRA. `block` is a
 whole block whose attention and feed-forward layer are parallel, with the products of `dequantized`,
-`fp8_block` or `scaled_products`. `sublayer` is one where they follow each other, with the products of
+`fp8_block` or `scaled_products`; the first two take GELU into products of an optional library, with
+`gelu_products` and `fp8_gelu_products`. `sublayer` is one where they follow each other, with the products of
 `frozen_linear` or `fp8_groups`; `mixers` has what is between them. `cross_entropy` is the head.
 """

@@ -28,7 +28,7 @@ from falcon_qlora.kernels.low_rank import LowRank
 UNIT = 16
 """Matrix units take rows and columns of frozen weights in multiples of it."""
 
-_STEEPEST = 1.13  # GELU's derivative is nowhere larger
+STEEPEST = 1.13  # GELU's derivative is nowhere larger
 
 _emulated = False
 
@@ -42,6 +42,11 @@ def emulated() -> Iterator[None]:
         yield
     finally:
         _emulated = before
+
+
+def is_emulated() -> bool:
+    """Whether `emulated` is in force."""
+    return _emulated
 
 
 def why_not(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> str | None:
@@ -74,17 +79,23 @@ def product(x: Rows, weight: Rows, dtype: torch.dtype) -> Tensor:
 
 
 @ops.or_triton("fp8_quantize")
-def quantize_rows(x: Tensor) -> tuple[Rows, Tensor]:
+def quantize_rows(x: Tensor, out: Tensor | None = None, least: Tensor | None = None) -> tuple[Rows, Tensor]:
     """Quantize ``[T, C]`` to FP8, with each row's largest value mapped to FP8's largest.
 
     Args:
         x: any row stride.
+        out: in FP8 ``[T, C]`` to write into, any row stride; None for a new tensor.
+        least: float32 ``[T]``: a row whose values are all smaller is scaled as if this were its largest.
 
     Returns:
         the rows, and the Euclidean length of each in float32 ``[T]``.
     """
     wide = x.float()
-    return _to_fp8(wide, _scales(wide.abs().amax(1))), wide.norm(dim=1)
+    largest = wide.abs().amax(1)
+    rows = to_rows(wide, _scales(largest if least is None else torch.maximum(largest, least)))
+    if out is not None:
+        rows = Rows(out.copy_(rows.values), rows.scales)
+    return rows, wide.norm(dim=1)
 
 
 @ops.or_triton("fp8_quantize")
@@ -120,7 +131,7 @@ def gelu(x: Tensor, low: LowRank | None, bound: Tensor, a: Tensor) -> tuple[Rows
         GELU's output in FP8 ``[T, F]``; its product with `a`, ``[T, R]`` in `x`'s dtype.
     """
     y = F.gelu(_added(x, low))
-    return _to_fp8(y, _scales(_bound(bound, low))), y.to(x.dtype) @ a.T
+    return to_rows(y, bound_scales(bound, low)), y.to(x.dtype) @ a.T
 
 
 @ops.or_triton("fp8_gelu")
@@ -142,7 +153,7 @@ def gelu_backward(
     """
     wide = _added(x, low)
     dx = torch.ops.aten.gelu_backward(_added(grad, low_grad), wide)
-    rows, dx = _to_fp8(dx, _scales(_STEEPEST * _bound(bound, low_grad))), dx.to(x.dtype)
+    rows, dx = to_rows(dx, bound_scales(bound, low_grad, STEEPEST)), dx.to(x.dtype)
     of_a = None if low_grad is None else mm_float32(low_grad.left.T, F.gelu(wide).to(x.dtype))
     return rows, dx, of_a, None if low is None else mm_float32(dx.T, low.left)
 
@@ -193,7 +204,8 @@ def add(x: Tensor, low: LowRank | None, addends: tuple[Tensor, ...] = ()) -> Ten
     return x.copy_(sum(addends, start=_added(x, low)))
 
 
-def _to_fp8(x: Tensor, scales: Tensor) -> Rows:
+def to_rows(x: Tensor, scales: Tensor) -> Rows:
+    """Quantize ``[T, C]`` with these scales, float32 ``[T]``."""
     values = (x.float() / scales[:, None]).clamp(-LARGEST, LARGEST)
     return Rows(values.to(DTYPE), scales)
 
@@ -207,7 +219,17 @@ def _added(x: Tensor, low: LowRank | None) -> Tensor:
     return x.float() if low is None else x.float() + low.left.float() @ low.right.float()
 
 
-def _bound(bound: Tensor, low: LowRank | None) -> Tensor:
-    if low is None:
-        return bound
-    return bound + low.left.float().norm(dim=1) * largest_row(low.right.T)
+def bound_scales(bound: Tensor, low: LowRank | None, factor: float = 1.0) -> Tensor:
+    """Scales for rows ``[T, C]`` that are at most `factor` times a matrix with LoRA's part.
+
+    Args:
+        bound: float32 ``[T]``, any stride: an upper bound of each row's absolute values without `low`.
+        low: LoRA's part, or None.
+        factor: applied to both.
+
+    Returns:
+        float32 ``[T]``.
+    """
+    if low is not None:
+        bound = bound + low.left.float().norm(dim=1) * largest_row(low.right.T)
+    return _scales(factor * bound)

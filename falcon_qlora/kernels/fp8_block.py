@@ -3,7 +3,8 @@
 Every linear is a product of its own: operands have one scale per row, which matrices quantized together
 would share. Unless kept, a frozen weight is quantized for every product, in the layout that it reads, each
 time into the same memory. LoRA's part is added where the product's output is read next, see `fp8_gelu`. So
-what is kept of h_to_4h's output is the frozen part.
+what is kept of h_to_4h's output is the frozen part. With `Fp8.gelu` the products on either side of GELU have
+LoRA's part in them, and GELU in their epilogue: what is kept is GELU's input.
 
 Rows for the products on either side of GELU are quantized by Cauchy-Schwarz bounds. A norm's output before
 weight and bias is no longer than the root of H, which bounds h_to_4h's output once and for all. The gradient
@@ -19,9 +20,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from falcon_qlora.kernels import fp8, ops
+from falcon_qlora.kernels import fp8, fp8_gelu_products, ops
 from falcon_qlora.kernels.block import Block, normalize
-from falcon_qlora.kernels.fp8_rows import DTYPE, LARGEST, Rows, largest_row
+from falcon_qlora.kernels.fp8_gelu_products import PLAIN, Fp8GeluProducts, times_transposed
+from falcon_qlora.kernels.fp8_rows import LARGEST, Rows, largest_row
 from falcon_qlora.kernels.frozen_linear import Adapter, Projection, mm_float32
 from falcon_qlora.kernels.low_rank import LowRank
 
@@ -37,8 +39,8 @@ class Weight:
         scale: float32 ``[]``.
         of_rows: float32 ``[out]``, the same for every row.
         of_columns: float32 ``[in]``, the same for every column.
-        kept: the weight in FP8, ``[out, in]`` under False and transposed under True; empty if it is
-            quantized for every product.
+        kept: the weight in FP8, ``[out, in]`` under False and transposed under True, with room for LoRA in
+            front of every row where a product has it; empty if it is quantized for every product.
     """
 
     scale: Tensor
@@ -61,14 +63,16 @@ class Fp8:
         weights: in the order of ``Block.projections``.
         before_gelu: float32 ``[]``, an upper bound of h_to_4h's outputs without LoRA.
         after_gelu: float32 ``[]``, the length of the longest column of 4h_to_h's weight, with headroom.
+        gelu: the products with GELU in them, or None.
     """
 
     weights: tuple[Weight, Weight, Weight, Weight]
     before_gelu: Tensor
     after_gelu: Tensor
+    gelu: Fp8GeluProducts | None = None
 
     @classmethod
-    def measure(cls, block: Block) -> Fp8:
+    def measure(cls, block: Block, gelu: Fp8GeluProducts | None = None) -> Fp8:
         """Measure the block's weights, dequantizing one at a time."""
         weights = []
         with torch.no_grad():
@@ -81,16 +85,32 @@ class Fp8:
                 elif projection is block.dense_4h_to_h:
                     after_gelu = MARGIN * largest_row(plain.T)
                 del plain
-        return cls((weights[0], weights[1], weights[2], weights[3]), before_gelu, after_gelu)
+        return cls((weights[0], weights[1], weights[2], weights[3]), before_gelu, after_gelu, gelu)
 
     def keep(self, block: Block) -> None:
         """Quantize the weights once and keep them in both layouts, one byte per weight each."""
-        for projection, weight in zip(block.projections, self.weights, strict=True):
+        for index, (projection, weight) in enumerate(zip(block.projections, self.weights, strict=True)):
             for transpose in (False, True):
-                values = torch.empty(_sizes(projection, transpose), dtype=DTYPE, device=weight.scale.device)
-                weight.kept[transpose] = fp8.quantize_weight(
-                    projection.layer, weight.scale, values, transpose
-                )
+                rows, width = _sizes(projection, transpose)
+                columns = self.columns(block, index, transpose)
+                values = torch.empty(rows, columns + width, dtype=fp8.DTYPE, device=weight.scale.device)
+                fp8.quantize_weight(projection.layer, weight.scale, values[:, columns:], transpose)
+                weight.kept[transpose] = values
+
+    def kept_bytes(self, block: Block) -> int:
+        """Bytes that `keep` takes."""
+        found = 0
+        for index, projection in enumerate(block.projections):
+            for transpose in (False, True):
+                rows, width = _sizes(projection, transpose)
+                found += rows * (width + self.columns(block, index, transpose))
+        return found
+
+    def columns(self, block: Block, linear: int, transpose: bool) -> int:
+        """Columns for LoRA in front of a weight: of those whose output goes into GELU or its gradient."""
+        if self.gelu is None or (linear, transpose) not in ((1, False), (2, True)):
+            return 0
+        return fp8_gelu_products.columns_of(block.projections[linear].rank)
 
     def __call__(self, block: Block, adapters: Sequence[Adapter]) -> Fp8Products:
         return Fp8Products(block, adapters, self)
@@ -117,6 +137,8 @@ class Fp8Products:
 
     def __init__(self, block: Block, adapters: Sequence[Adapter], frozen: Fp8) -> None:
         self.block, self.adapters, self.frozen = block, adapters, frozen
+        self.gelu = PLAIN if frozen.gelu is not None and fp8.is_emulated() else frozen.gelu
+        self.after_gelu: tuple[Rows, Tensor] | None = None  # of `enter`, for `leave` or `low_rank`
         self.into = ((0, 1),) if len(block.norms) == 1 and block.rows is None else ((0,), (1,))
 
     def enter(self, hidden: Tensor, again: bool = False) -> tuple[list[Tensor], list[Tensor]]:
@@ -125,9 +147,21 @@ class Fp8Products:
         normals, _, _ = self.block.normalize(hidden)
         for linears in self.into:
             normal = normals.pop(0)
-            low_rank += self._into_low_rank(linears, [normal] * len(linears))
-            rows, _ = fp8.quantize_rows(normal)
-            projected += [self._product(linear, rows, hidden.dtype) for linear in linears]
+            low = self._into_low_rank(linears, [normal] * len(linears))
+            low_rank += low
+            if self.gelu is None or 1 not in linears:
+                rows, _ = fp8.quantize_rows(normal)
+                projected += [self._product(linear, rows, hidden.dtype) for linear in linears]
+                continue
+            added = self._added((1,), low[-1])
+            beside, rows, _ = self._beside(1, normal, added)
+            projected += [self._product(linear, rows, hidden.dtype) for linear in linears[:-1]]
+            before_gelu, gelu_rows, after = self._before_gelu(self.gelu, beside, added, hidden.dtype)
+            projected.append(before_gelu)
+            a = self._a(2, hidden.dtype)
+            low_of_gelu = times_transposed(gelu_rows, a, hidden.dtype) if after is None else after @ a.T
+            self.after_gelu = gelu_rows, low_of_gelu
+            del after
         fp8.add(projected[0], self._added((0,), low_rank[0]))
         return projected, low_rank
 
@@ -136,8 +170,13 @@ class Fp8Products:
 
     def project_h_to_4h(self, hidden: Tensor) -> Tensor:
         normals, _, _ = normalize(self.block.wanted(hidden), self.block.norms[-1:])
-        rows, _ = fp8.quantize_rows(normals[0])
-        return self._product(1, rows, hidden.dtype)
+        if self.gelu is None:
+            return self._product(1, fp8.quantize_rows(normals[0])[0], hidden.dtype)
+        # The t of all linears that `enter` made together, as other products may round differently.
+        linears = self.into[-1]
+        added = self._added((1,), self._into_low_rank(linears, normals * len(linears))[-1])
+        beside, _, _ = self._beside(1, normals[0], added)
+        return self._before_gelu(self.gelu, beside, added, hidden.dtype)[0]
 
     def leave(
         self, before_gelu: Tensor, attended: Tensor, low_in: Sequence[Tensor], hidden: Tensor
@@ -163,17 +202,35 @@ class Fp8Products:
         low_in: Sequence[Tensor],
         low_out: Tensor,
     ) -> tuple[Tensor, Tensor, tuple[Rows, Tensor, Tensor | None], list[Tensor | None]]:
-        rows, lengths = fp8.quantize_rows(grad)
         low_grad = self._out_of_low_rank((2, 3), [grad, grad])
+        added = self._added_backward((2,), low_grad[0])
+        if self.gelu is None:
+            rows, lengths = fp8.quantize_rows(grad)
+        else:
+            beside, rows, lengths = self._beside(2, grad, added)
         of_attended = self._product(3, rows, grad.dtype, transpose=True)
         fp8.add(of_attended, self._added_backward((3,), low_grad[1]))
-        of_before, of_before_gelu, of_a, of_b = fp8.gelu_backward(
-            self._product(2, rows, grad.dtype, transpose=True),
-            self._added_backward((2,), low_grad[0]),
-            before_gelu,
-            self._added((1,), low_in[1]),
-            lengths * self.frozen.after_gelu,
-        )
+        bound = lengths * self.frozen.after_gelu
+        if self.gelu is None:
+            of_before, of_before_gelu, of_a, of_b = fp8.gelu_backward(
+                self._product(2, rows, grad.dtype, transpose=True),
+                added,
+                before_gelu,
+                self._added((1,), low_in[1]),
+                bound,
+            )
+        else:
+            weight = self._weight_beside(2, beside, added, transpose=True)
+            of_before, of_before_gelu, y = self.gelu.backward(
+                beside,
+                weight,
+                self.frozen.weights[2].scale,
+                fp8.bound_scales(bound, added, fp8.STEEPEST),
+                before_gelu,
+            )
+            of_a = None if added is None else mm_float32(added.left.T, y)
+            of_b = mm_float32(of_before_gelu.T, low_in[1]) if low_in[1].shape[1] else None
+            del y
         split = low_grad[0].shape[1]
         adapter_grads = [of_a, self._of_b(2, grad, low_out[:, :split])]
         adapter_grads += self._adapter_gradients(
@@ -223,8 +280,39 @@ class Fp8Products:
         return addend, adapter_grads, []
 
     def _gelu(self, before_gelu: Tensor, low_in: Sequence[Tensor]) -> tuple[Rows, Tensor]:
+        """GELU's output, and 4h_to_h's t."""
+        if self.after_gelu is not None:
+            found, self.after_gelu = self.after_gelu, None
+            return found
         bound = self.frozen.before_gelu.expand(before_gelu.shape[0])
         return fp8.gelu(before_gelu, self._added((1,), low_in[1]), bound, self._a(2, before_gelu.dtype))
+
+    def _beside(self, linear: int, x: Tensor, low: LowRank | None) -> tuple[Rows, Rows, Tensor]:
+        """`x` ``[T, in]`` quantized, with room for LoRA in front of it, and without; its rows' lengths."""
+        columns = fp8_gelu_products.columns_of(0 if low is None else low.left.shape[1])
+        least = None if low is None else fp8_gelu_products.least(low, self.frozen.weights[linear].scale)
+        values = torch.empty(len(x), columns + x.shape[1], dtype=fp8.DTYPE, device=x.device)
+        rows, lengths = fp8.quantize_rows(x, values[:, columns:], least)
+        return Rows(values, rows.scales), rows, lengths
+
+    def _weight_beside(
+        self, linear: int, beside: Rows, low: LowRank | None, transpose: bool = False
+    ) -> Tensor:
+        """The weight for `_beside`'s rows, and LoRA in front of both."""
+        columns = beside.values.shape[1] - _sizes(self.block.projections[linear], transpose)[1]
+        weight = self._weight(linear, beside, transpose, columns)
+        if low is not None:
+            scale = self.frozen.weights[linear].scale
+            fp8_gelu_products.put(low, beside.scales, scale, beside.values[:, :columns], weight[:, :columns])
+        return weight
+
+    def _before_gelu(
+        self, gelu: Fp8GeluProducts, beside: Rows, low: LowRank | None, dtype: torch.dtype
+    ) -> tuple[Tensor, Rows, Tensor | None]:
+        """h_to_4h's output with LoRA, and its GELU, see `Fp8GeluProducts.forward`."""
+        weight = self._weight_beside(1, beside, low)
+        scales = fp8.bound_scales(self.frozen.before_gelu.expand(len(beside.scales)), low)
+        return gelu.forward(beside, weight, self.frozen.weights[1].scale, scales, dtype)
 
     def _product(self, linear: int, rows: Rows, dtype: torch.dtype, transpose: bool = False) -> Tensor:
         """``[T, in]`` → ``[T, out]``, or back with the transposed weight; without LoRA."""
@@ -232,13 +320,16 @@ class Fp8Products:
         scales = weight.of_columns if transpose else weight.of_rows
         return fp8.product(rows, Rows(self._weight(linear, rows, transpose), scales), dtype)
 
-    def _weight(self, linear: int, rows: Rows, transpose: bool) -> Tensor:
-        """The kept FP8 weight, or one quantized into the workspace."""
+    def _weight(self, linear: int, rows: Rows, transpose: bool, columns: int = 0) -> Tensor:
+        """The kept FP8 weight, or one quantized into the workspace; with room for `columns` in front."""
         projection, weight = self.block.projections[linear], self.frozen.weights[linear]
-        if transpose in weight.kept:
-            return weight.kept[transpose]
-        values = self.block.workspace.take(*_sizes(projection, transpose), rows.values)
-        return fp8.quantize_weight(projection.layer, weight.scale, values, transpose)
+        size, width = _sizes(projection, transpose)
+        kept = weight.kept.get(transpose)
+        if kept is not None and kept.shape[1] == columns + width:  # else of an adapter of another rank
+            return kept
+        values = self.block.workspace.take(size, columns + width, rows.values)
+        fp8.quantize_weight(projection.layer, weight.scale, values[:, columns:], transpose)
+        return values
 
     def _a(self, linear: int, dtype: torch.dtype) -> Tensor:
         """``[r, in]``; no rows without LoRA."""

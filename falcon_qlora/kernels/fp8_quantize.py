@@ -22,15 +22,20 @@ _TILE, _TILE_WARPS = 64, 4  # of a weight: 64 × 64
 _SUM = 64, 128, 8  # tokens and features of a tile, and warps
 
 
-def quantize_rows(x: Tensor) -> tuple[Rows, Tensor]:
+def quantize_rows(x: Tensor, out: Tensor | None = None, least: Tensor | None = None) -> tuple[Rows, Tensor]:
     """`fp8.quantize_rows` in one launch."""
     x = contiguous_rows(x)
     tokens, features = x.shape
-    values = torch.empty(tokens, features, dtype=DTYPE, device=x.device)
+    values = torch.empty(tokens, features, dtype=DTYPE, device=x.device) if out is None else out
+    assert values.shape == x.shape
+    assert values.stride(1) == 1
     scales = torch.empty(tokens, dtype=torch.float32, device=x.device)
     lengths = torch.empty_like(scales)
     if tokens:
-        _quantize_rows[(tokens,)](x, values, scales, lengths, x.stride(0), features, **_row_options(features))
+        _quantize_rows[(tokens,)](
+            x, values, scales, lengths, scales if least is None else least, x.stride(0), values.stride(0),
+            features, LEAST=least is not None, **_row_options(features),
+        )  # fmt: skip
     return Rows(values, scales), lengths
 
 
@@ -89,18 +94,21 @@ def row_scale(largest):
 @triton.jit
 def _quantize_rows(
     x_ptr,  # [T, C], rows x_stride apart
-    values_ptr,  # fp8 [T, C]
+    values_ptr,  # fp8 [T, C], rows values_stride apart
     scales_ptr,  # float32 [T]
     lengths_ptr,  # float32 [T]
+    least_ptr,  # float32 [T]; used where LEAST
     x_stride,
+    values_stride,
     features,  # C
     LANES: tl.constexpr,
     WHOLE: tl.constexpr,  # whether C ≤ LANES
+    LEAST: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, LANES)
     x_ptr += row * x_stride
-    values_ptr += row * features
+    values_ptr += row * values_stride
     x = tl.load(x_ptr + column, mask=column < features, other=0.0).to(tl.float32)
     largest, square = tl.abs(x), x * x
     if not WHOLE:
@@ -108,6 +116,8 @@ def _quantize_rows(
             more = tl.load(x_ptr + start + column, mask=start + column < features, other=0.0).to(tl.float32)
             largest = tl.maximum(largest, tl.abs(more))
             square += more * more
+    if LEAST:
+        largest = tl.maximum(largest, tl.load(least_ptr + row))
     scale = row_scale(largest)
     tl.store(scales_ptr + row, scale)
     tl.store(lengths_ptr + row, tl.sqrt(tl.sum(square, 0)))

@@ -73,8 +73,8 @@ def _define() -> GeluProducts:
     from quack import activation
     from quack.epilogue.frontend import gemm_epilogue
 
-    gelu = _Activation(activation.gelu_erf)
-    gelu_and_gradient = _Activation(activation.dgelu_erf)
+    gelu = Activation(activation.gelu_erf)
+    gelu_and_gradient = Activation(activation.dgelu_erf)
 
     @gemm_epilogue(outputs=("after",))
     def forward(acc):  # type: ignore[no-untyped-def]
@@ -88,7 +88,7 @@ def _define() -> GeluProducts:
     return GeluProducts(forward, backward)
 
 
-class _Activation:
+class Activation:
     """A function of the library with a key for its cache, which it cannot derive for these by itself."""
 
     def __init__(self, function: Callable[..., Any]) -> None:

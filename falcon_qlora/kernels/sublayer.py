@@ -152,6 +152,10 @@ class Fp8Sublayers:
             )
         )
 
+    def kept_bytes(self, block: Sublayers) -> int:
+        """Bytes that `keep` takes: two per weight."""
+        return sum(2 * len(weight.of_rows) * len(weight.of_columns) for weight in self.weights)
+
     def keep(self, block: Sublayers) -> None:
         """See `Fp8Group.keep`."""
         for part, (into, out_of) in zip(block.parts, self.groups, strict=True):

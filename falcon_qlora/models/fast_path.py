@@ -23,6 +23,7 @@ from falcon_qlora.common.fp8 import fp8_excludes
 from falcon_qlora.kernels import flash_attention, fp8, ops, prefix, ssd_ops
 from falcon_qlora.kernels.dequantized import DequantizedProducts
 from falcon_qlora.kernels.fp8_block import Fp8
+from falcon_qlora.kernels.fp8_gelu_products import Fp8GeluProducts, fp8_gelu_products, supports
 from falcon_qlora.kernels.frozen_linear import Workspace
 from falcon_qlora.kernels.gelu_products import GeluProducts, gelu_products
 from falcon_qlora.kernels.libraries import FLASH_ATTENTION_4, QUACK, Loaded, have_gpu, is_installed
@@ -273,8 +274,9 @@ def apply_fast_path(
         found = facts if facts is not None and _why_not(facts, fp8_products) is None else None
         heads = (0, 0, 0) if found is None else found.heads
         attention, slower = choose_attention(device, dtype, heads, libraries=libraries)
-        has_products = found is not None and _gelu_may_be_in_products(found) and not fp8_products
-        gelu = _gelu_products(base) if libraries and has_products else Loaded()
+        gelu: Loaded[Any] = Loaded()
+        if libraries and found is not None and _gelu_may_be_in_products(found):
+            gelu = _fp8_gelu_products(base) if fp8_products else _gelu_products(base)
         decision = decide(
             facts,
             triton=ops.triton_runs_on(device),
@@ -303,8 +305,10 @@ def apply_fast_path(
             if streamed is not None:
                 streamed.fetch(index)
             parts = family.block_and_adapters(block, state)[0]
-            in_fp8 = Fp8Sublayers if isinstance(parts, Sublayers) else Fp8
-            state.products = in_fp8.measure(parts)
+            if isinstance(parts, Sublayers):
+                state.products = Fp8Sublayers.measure(parts)
+            else:
+                state.products = Fp8.measure(parts, gelu.part)
     return report
 
 
@@ -319,6 +323,11 @@ def _gelu_products(base: PreTrainedModel) -> Loaded[GeluProducts]:
     return gelu_products(base.device) if of_gpu else Loaded()
 
 
+def _fp8_gelu_products(base: PreTrainedModel) -> Loaded[Fp8GeluProducts]:
+    of_gpu = base.device.type == "cuda" and base.dtype == torch.bfloat16
+    return fp8_gelu_products(base.device) if of_gpu else Loaded()
+
+
 def missing_libraries(model: nn.Module, device: torch.device, *, fp8_products: bool) -> list[str]:
     """Optional libraries that are not installed, and that would run in blocks of `model` on `device`."""
     dtype, cuda = causal_lm_in(model).dtype, int((torch.version.cuda or "0").partition(".")[0])
@@ -329,7 +338,7 @@ def missing_libraries(model: nn.Module, device: torch.device, *, fp8_products: b
         if facts is not None and _why_not(facts, fp8_products) is None:
             if _takes_flash_attention_4(device, dtype, facts.heads[-1]):
                 wanted.append(FLASH_ATTENTION_4)
-            if _gelu_may_be_in_products(facts) and not fp8_products:
+            if _gelu_may_be_in_products(facts) and (supports(device) or not fp8_products):
                 wanted.append(QUACK)
     return [library for library in dict.fromkeys(wanted) if not is_installed(library)]
 
@@ -378,9 +387,8 @@ def on_the_reference_path(model: nn.Module) -> Iterator[None]:
 
 
 def fp8_weight_bytes(model: nn.Module) -> int:
-    """Bytes that `keep_fp8_weights` takes: two per weight of the blocks whose products run in FP8."""
-    weights = (weight for products, _ in _fp8_blocks(model) for weight in products.weights)
-    return sum(2 * len(weight.of_rows) * len(weight.of_columns) for weight in weights)
+    """Bytes that `keep_fp8_weights` takes: two or a little more per weight of blocks with products in FP8."""
+    return sum(products.kept_bytes(block) for products, block in _fp8_blocks(model))
 
 
 def keep_fp8_weights(model: nn.Module) -> None:

@@ -50,7 +50,7 @@ FP8_MODULES: tuple[ModuleType, ...] = (fp8_gelu, fp8_quantize, fp8_swiglu)
 FP8_CAPABILITY = 89
 FLOAT32 = {"code_ptr", "offset_ptr", "nested_code_ptr", "nested_absmax_ptr", "mean_ptr", "rstd_ptr"}
 FLOAT32 |= {"cosine_ptr", "sine_ptr", "losses_ptr", "scale_ptr", "scales_ptr", "lengths_ptr", "bound_ptr"}
-FLOAT32 |= {"longest_ptr", "factors_ptr", "gate_ptr", "of_gate_ptr", "sums_ptr", "bias_ptr"}
+FLOAT32 |= {"least_ptr", "longest_ptr", "factors_ptr", "gate_ptr", "of_gate_ptr", "sums_ptr", "bias_ptr"}
 FLOAT32 |= {"first_scale_ptr", "first_bias_ptr", "second_scale_ptr", "second_bias_ptr"}
 FLOAT32 |= {"multipliers_ptr", "rate_ptr", "steps_ptr", "inner_ptr", "of_inner_ptr", "direct_ptr"}
 FLOAT32 |= {"within_ptr", "entered_ptr", "leaving_ptr", "past_ptr"}
@@ -146,7 +146,8 @@ def nf4_variants(scaled: bool) -> Iterator[tuple[JITFunction, dict[str, Any]]]:
 def fp8_variants(capability: int) -> Iterator[tuple[JITFunction, dict[str, Any]]]:
     yield from nf4_variants(scaled=True)
     for features in (4544, 8192, 14848, 46080):  # the last: Falcon3's gate and up
-        yield fp8_quantize._quantize_rows, fp8_quantize._row_options(features)
+        for bounded in (False, True):
+            yield fp8_quantize._quantize_rows, {"LEAST": bounded, **fp8_quantize._row_options(features)}
     for kernel in (fp8_swiglu._swiglu, fp8_swiglu._swiglu_backward):
         yield kernel, fp8_swiglu._options(23040)
     for is_int8 in (False, True):

@@ -87,6 +87,28 @@ def test_rows_longer_than_registers_are_read_twice(monkeypatch: pytest.MonkeyPat
     torch.testing.assert_close(lengths_again, lengths)
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_rows_beside_other_columns_with_a_least_scale(whole: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not whole:
+        monkeypatch.setattr(fp8_quantize, "_LONGEST", 64)
+        monkeypatch.setattr(fp8_quantize, "_PIECE", 64)
+    x = random(5, 272, dtype=torch.bfloat16)
+    x[0] = 0
+    least = x.float().abs().amax(1) * torch.tensor([1.0, 0.5, 1.0, 2.0, 40.0], device=x.device)
+    wide = [torch.ones(5, 288, dtype=torch.uint8, device=x.device).view(DTYPE) for _ in range(2)]
+    for form, values in zip(("triton", "torch"), wide, strict=True):
+        with ops.using(form):
+            rows, lengths = fp8.quantize_rows(x, values[:, 16:], least)
+        assert rows.values.data_ptr() == values[:, 16:].data_ptr()
+        assert values[:, :16].view(torch.uint8).eq(1).all()
+        largest = torch.maximum(least, x.float().abs().amax(1))
+        torch.testing.assert_close(rows.scales[1:], largest[1:] / LARGEST)
+        assert rows.scales[0] == 1
+        torch.testing.assert_close(lengths, x.float().norm(dim=1))
+        again = Rows((x.float() / rows.scales[:, None]).to(DTYPE), rows.scales)
+        assert_same_rows(rows, again)
+
+
 @pytest.mark.parametrize("transpose", [False, True])
 @pytest.mark.parametrize("mode", ["4bit", "8bit", "16bit"])
 @pytest.mark.parametrize("shape", [(64, 64), (80, 192), (208, 64)], ids=str)

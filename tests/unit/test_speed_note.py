@@ -65,7 +65,9 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
         ((9, 0), "falcon-7b", "--kernels portable", [], [FP8]),
         ((9, 0), "falcon-7b", "--kernels off", [], []),
         ((9, 0), "falcon-7b", "--compute_dtype fp8", [], [LIBRARIES]),
-        ((9, 0), "falcon-7b", "--compute_dtype fp8", [FLASH_ATTENTION_4], []),  # GELU has its own kernels
+        ((9, 0), "falcon-7b", "--compute_dtype fp8", [FLASH_ATTENTION_4], [LIBRARIES]),
+        ((9, 0), "falcon-7b", "--compute_dtype fp8", BOTH, []),
+        ((10, 0), "falcon-7b", "--compute_dtype fp8", [FLASH_ATTENTION_4], []),  # GELU has its own kernels
         ((9, 0), "falcon3", "", [], [FP8]),  # neither heads of 32 nor SwiGLU have any in libraries
         ((9, 0), "falcon-h1", "", [], [FP8]),
         ((9, 0), "falcon-rw-1b", "", [], []),  # ALiBi runs on the reference path

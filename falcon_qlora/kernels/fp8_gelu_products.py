@@ -1,0 +1,253 @@
+"""FP8 products with GELU and the next operand's quantization in their epilogue, by quack-kernels.
+
+LoRA's part has to be in the sum before GELU is taken, so it rides as more columns of both operands, in front
+of theirs. They have the operands' scales: with a row's scale s and the weight's w, the columns of LoRA's
+``left @ right`` are ``left / (s k)`` and ``right k / w``. Each is split in two FP8 values, high and low, as
+exact as bfloat16 together, and of the four products of these the three that matter are made. k makes the
+largest values of both alike for every rank, so that neither is above FP8's largest nor, unless LoRA's part is
+next to nothing, below its smallest. Where LoRA's part is so large that no k does, rows get a larger scale,
+see `least`.
+
+The plain forms are the library's references, for tests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from falcon_qlora.kernels import fp8, libraries
+from falcon_qlora.kernels.fp8_rows import LARGEST, Rows
+from falcon_qlora.kernels.gelu_products import Activation
+from falcon_qlora.kernels.low_rank import LowRank
+
+_HOPPER = 9  # its compute capability
+
+# Accumulating in the matrix units alone, as torch._scaled_mm does with use_fast_accum. The library's default
+# for FP8 adds up in more registers than there are; the last two are what it gives kernels that need fewer.
+_FAST = (("fp8_slow_accum", False), ("num_regs_load", 40), ("num_regs_mma", 232))
+
+
+class Tile(NamedTuple):
+    """A tile of the output that two groups of warps compute in turn: its rows and columns."""
+
+    rows: int
+    columns: int
+
+
+FORWARD, BACKWARD = Tile(128, 192), Tile(128, 128)  # the fastest on an H200
+
+
+@dataclass(frozen=True, eq=False)
+class Fp8GeluProducts:
+    """The products of both directions.
+
+    Attributes:
+        forward: from x ``[T, C]``, a weight in FP8 ``[F, C]`` and its scale, float32 ``[]``, and the scales
+            of the rows that GELU's output is to have, float32 ``[T]``: ``x @ weightᵀ`` in the dtype of
+            activations, and its GELU in FP8 and in that dtype, each ``[T, F]``; None for the last where the
+            next t is made from FP8.
+        backward: from the gradient of GELU's output likewise, the scales that the result is to have, and
+            GELU's input ``[T, F]``: the gradient of this input in FP8 and as it is, and GELU's output.
+    """
+
+    forward: Callable[[Rows, Tensor, Tensor, Tensor, torch.dtype], tuple[Tensor, Rows, Tensor | None]]
+    backward: Callable[[Rows, Tensor, Tensor, Tensor, Tensor], tuple[Rows, Tensor, Tensor]]
+
+
+def columns_of(rank: int) -> int:
+    """Columns that `put` takes for LoRA of this rank."""
+    return -(-3 * rank // fp8.UNIT) * fp8.UNIT
+
+
+def least(low: LowRank, scale: Tensor) -> Tensor:
+    """What the largest absolute value of each row has to be at least for `put`, float32 ``[T]``.
+
+    Args:
+        low: LoRA's part.
+        scale: of the weight, float32 ``[]``.
+    """
+    largest = low.right.float().abs().amax(1) / (LARGEST * scale)
+    return (low.left.float().abs() * largest).amax(1)
+
+
+def put(low: LowRank, scales: Tensor, scale: Tensor, left: Tensor, right: Tensor) -> None:
+    """Write LoRA's part as columns of the operands.
+
+    Args:
+        low: LoRA's part, ``[T, R]`` and ``[R, F]``.
+        scales: of the rows, float32 ``[T]``.
+        scale: of the weight, float32 ``[]``.
+        left: the rows' columns in FP8 ``[T, columns_of(R)]``, to write into.
+        right: the weight's ``[F, columns_of(R)]``, likewise.
+    """
+    of_left, of_right = low.left.float() / scales[:, None], low.right.T.float() / scale
+    largest_left, largest_right = of_left.abs().amax(0), of_right.abs().amax(0)
+    balance = largest_left.sqrt() / largest_right.sqrt()
+    balance = torch.where((largest_left > 0) & (largest_right > 0), balance, 1.0)
+    high, rest = _split(of_left / balance)
+    _write(left, high, rest, high)
+    high, rest = _split(of_right * balance)
+    _write(right, high, high, rest)
+
+
+def _split(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The nearest FP8 value, and what is left of `x`; both in float32."""
+    high = x.clamp(-LARGEST, LARGEST).to(fp8.DTYPE).float()
+    return high, x - high
+
+
+def _write(out: Tensor, *parts: Tensor) -> None:
+    together = torch.cat(parts, dim=1)
+    width = together.shape[1]
+    out[:, :width] = together
+    out[:, width:] = 0
+
+
+def times_transposed(rows: Rows, a: Tensor, dtype: torch.dtype) -> Tensor:
+    """``rows @ aᵀ``, with `a` ``[R, C]`` in two FP8 parts: ``[T, R]`` in `dtype`."""
+    rank, width = a.shape
+    if not rank:
+        return rows.scales.new_empty(len(rows.scales), 0, dtype=dtype)
+    size = -(-2 * rank // fp8.UNIT) * fp8.UNIT
+    values = torch.zeros(size, width, dtype=fp8.DTYPE, device=a.device)
+    scales = torch.ones(size, dtype=torch.float32, device=a.device)
+    rest = a.float()
+    for part in (slice(rank), slice(rank, 2 * rank)):
+        found, _ = fp8.quantize_rows(rest, values[part])
+        scales[part] = found.scales
+        rest = rest - found.float()
+    both = fp8.product(rows, Rows(values, scales), dtype)
+    return both[:, :rank] + both[:, rank : 2 * rank]
+
+
+def _forward(
+    x: Rows, weight: Tensor, scale: Tensor, scales: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Rows, Tensor]:
+    before = x.values.float() @ weight.float().T * (x.scales * scale)[:, None]
+    after = F.gelu(before)
+    return before.to(dtype), fp8.to_rows(after, scales), after.to(dtype)
+
+
+def _backward(
+    grad: Rows, weight: Tensor, scale: Tensor, scales: Tensor, before: Tensor
+) -> tuple[Rows, Tensor, Tensor]:
+    of_after = grad.values.float() @ weight.float().T * (grad.scales * scale)[:, None]
+    of_before = torch.ops.aten.gelu_backward(of_after, before.float())
+    return fp8.to_rows(of_before, scales), of_before.to(before.dtype), F.gelu(before.float()).to(before.dtype)
+
+
+PLAIN = Fp8GeluProducts(_forward, _backward)
+
+
+def supports(device: torch.device) -> bool:
+    """Whether the library's products can run on `device`, a GPU."""
+    return torch.cuda.get_device_capability(device)[0] == _HOPPER
+
+
+@lru_cache
+def fp8_gelu_products(device: torch.device) -> libraries.Loaded[Fp8GeluProducts]:
+    """The library's products, once both are right on small matrices on `device`, a Hopper GPU."""
+    if not libraries.usable(libraries.QUACK) or not supports(device):
+        return libraries.Loaded()
+    return libraries.load(libraries.QUACK, partial(_tried, device))
+
+
+def _tried(device: torch.device) -> Fp8GeluProducts:
+    products = _define()
+    generator = torch.Generator().manual_seed(0)
+    # Beside other columns, as a block has them: the product before reads rows of the same memory.
+    x, weight, before = (
+        torch.randn(shape, generator=generator).to(device) for shape in ((130, 208), (272, 208), (130, 272))
+    )
+    before = before.to(torch.bfloat16)
+    rows, _ = fp8.quantize_rows(x.to(torch.bfloat16))
+    scale = weight.abs().amax() / LARGEST
+    values = (weight / scale).to(fp8.DTYPE)
+    scales = x.norm(dim=1) * weight.norm(dim=1).amax() / LARGEST
+    forward = [each.forward(rows, values, scale, scales, before.dtype) for each in (products, PLAIN)]
+    backward = [each.backward(rows, values, scale, scales, before) for each in (products, PLAIN)]
+    part = Rows(rows.values[:, 48:], rows.scales)
+    of_part = fp8.product(part, Rows(values[:, 48:].contiguous(), scale.repeat(272)), before.dtype)
+    exact = part.float() @ (values[:, 48:].float() * scale).T
+    pairs = [(of_part, exact), *zip(*forward, strict=True), *zip(*backward, strict=True)]
+    for found, expected in pairs:
+        if found is None:
+            continue
+        wide, reference = found.float(), expected.float()
+        distance = float((wide - reference).norm() / reference.norm())
+        if not distance < 0.02:  # NaN too
+            raise ArithmeticError(f"an FP8 product with GELU is wrong by {distance:.2%}")
+    return products
+
+
+def _define(
+    forward_tile: Tile = FORWARD, backward_tile: Tile = BACKWARD, *, after_too: bool = True
+) -> Fp8GeluProducts:
+    from quack import activation
+    from quack.epilogue.frontend import gemm_epilogue
+    from quack.epilogue.ops import ColVecLoad
+
+    gelu = Activation(activation.gelu_erf)
+    gelu_and_gradient = Activation(activation.dgelu_erf)
+
+    def of_rows() -> dict[str, Any]:
+        return {name: ColVecLoad(name) for name in ("v", "inverse")}
+
+    @gemm_epilogue(outputs=("after8",), ops=of_rows())
+    def forward(acc, v, inverse):  # type: ignore[no-untyped-def]
+        before = acc * v
+        return {"D": before, "after8": gelu(before) * inverse}
+
+    @gemm_epilogue(outputs=("after8", "after"), ops=of_rows())
+    def forward_both(acc, v, inverse):  # type: ignore[no-untyped-def]
+        before = acc * v
+        after = gelu(before)
+        return {"D": before, "after8": after * inverse, "after": after}
+
+    @gemm_epilogue(outputs=("of_before8", "after"), ops=of_rows())
+    def backward(acc, c, v, inverse):  # type: ignore[no-untyped-def]
+        of_before, after = gelu_and_gradient(c, acc * v)
+        return {"D": of_before, "of_before8": of_before * inverse, "after": after}
+
+    def run(
+        epilogue: Any, tile: Tile, rows: Rows, weight: Tensor, scale: Tensor, scales: Tensor, *more: Any
+    ) -> None:
+        """Launch a product; `more`: its D, its C and its other outputs."""
+        d, c, outputs = more
+        vectors = {"v": rows.scales * scale, "inverse": scales.reciprocal()}
+        epilogue.gemm(
+            rows.values, weight.t(), d, c, epi_args=vectors | outputs, b_kn=True,
+            tile_M=tile.rows, tile_N=tile.columns, cluster_M=2, cluster_N=1, pingpong=True,
+            post_init_attrs=_FAST,
+        )  # fmt: skip
+
+    def run_forward(
+        x: Rows, weight: Tensor, scale: Tensor, scales: Tensor, dtype: torch.dtype
+    ) -> tuple[Tensor, Rows, Tensor | None]:
+        before = scales.new_empty(len(x.values), len(weight), dtype=dtype)
+        outputs = {"after8": torch.empty_like(before, dtype=fp8.DTYPE)}
+        if after_too:
+            outputs["after"] = torch.empty_like(before)
+        if len(before):
+            epilogue = forward_both if after_too else forward
+            run(epilogue, forward_tile, x, weight, scale, scales, before, None, outputs)
+        return before, Rows(outputs["after8"], scales), outputs.get("after")
+
+    def run_backward(
+        grad: Rows, weight: Tensor, scale: Tensor, scales: Tensor, before: Tensor
+    ) -> tuple[Rows, Tensor, Tensor]:
+        of_before, after = torch.empty_like(before), torch.empty_like(before)
+        values = torch.empty_like(before, dtype=fp8.DTYPE)
+        if len(before):
+            outputs = {"of_before8": values, "after": after}
+            run(backward, backward_tile, grad, weight, scale, scales, of_before, before, outputs)
+        return Rows(values, scales), of_before, after
+
+    return Fp8GeluProducts(run_forward, run_backward)
