@@ -117,6 +117,25 @@ def quantize_weight(layer: Any, scale: Tensor, out: Tensor, transpose: bool) -> 
     return out.copy_(values.clamp_(-LARGEST, LARGEST))
 
 
+@ops.or_triton("fp8_quantize")
+def split_columns(matrix: Tensor, scales: Tensor, divisors: Tensor, out: Tensor, low_last: bool) -> None:
+    """Divide a matrix, and write each value as the sum of two FP8 values, high and low.
+
+    Args:
+        matrix: ``[N, R]``, any strides.
+        scales: float32 ``[N]``, any stride: each row is divided by its own.
+        divisors: float32 ``[R]``: each column is divided by its own.
+        out: in FP8 ``[N, C]`` to write into, C ≥ 3 R, any row stride: the high values, the low ones and the
+            high ones again, then zeros.
+        low_last: the high values twice and then the low ones.
+    """
+    high, low = _split(matrix.float() / scales[:, None] / divisors)
+    together = torch.cat([high, high, low] if low_last else [high, low, high], dim=1)
+    width = together.shape[1]
+    out[:, :width] = together
+    out[:, width:] = 0
+
+
 @ops.or_triton("fp8_gelu")
 def gelu(x: Tensor, low: LowRank | None, bound: Tensor, a: Tensor) -> tuple[Rows, Tensor]:
     """Exact GELU of the sum of `x` and LoRA's part, and its product with the next linear's A.
@@ -202,6 +221,12 @@ def add(x: Tensor, low: LowRank | None, addends: tuple[Tensor, ...] = ()) -> Ten
         `x`.
     """
     return x.copy_(sum(addends, start=_added(x, low)))
+
+
+def _split(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The nearest FP8 value, and what is left of `x`; both in float32."""
+    high = x.clamp(-LARGEST, LARGEST).to(DTYPE).float()
+    return high, x - high
 
 
 def to_rows(x: Tensor, scales: Tensor) -> Rows:

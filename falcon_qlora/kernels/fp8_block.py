@@ -156,12 +156,9 @@ class Fp8Products:
             added = self._added((1,), low[-1])
             beside, rows, _ = self._beside(1, normal, added)
             projected += [self._product(linear, rows, hidden.dtype) for linear in linears[:-1]]
-            before_gelu, gelu_rows, after = self._before_gelu(self.gelu, beside, added, hidden.dtype)
+            before_gelu, after = self._before_gelu(self.gelu, beside, added, hidden.dtype)
             projected.append(before_gelu)
-            a = self._a(2, hidden.dtype)
-            low_of_gelu = times_transposed(gelu_rows, a, hidden.dtype) if after is None else after @ a.T
-            self.after_gelu = gelu_rows, low_of_gelu
-            del after
+            self.after_gelu = after, times_transposed(after, self._a(2, hidden.dtype), hidden.dtype)
         fp8.add(projected[0], self._added((0,), low_rank[0]))
         return projected, low_rank
 
@@ -308,7 +305,7 @@ class Fp8Products:
 
     def _before_gelu(
         self, gelu: Fp8GeluProducts, beside: Rows, low: LowRank | None, dtype: torch.dtype
-    ) -> tuple[Tensor, Rows, Tensor | None]:
+    ) -> tuple[Tensor, Rows]:
         """h_to_4h's output with LoRA, and its GELU, see `Fp8GeluProducts.forward`."""
         weight = self._weight_beside(1, beside, low)
         scales = fp8.bound_scales(self.frozen.before_gelu.expand(len(beside.scales)), low)

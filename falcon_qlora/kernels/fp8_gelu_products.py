@@ -13,6 +13,7 @@ The plain forms are the library's references, for tests.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -28,6 +29,7 @@ from falcon_qlora.kernels.gelu_products import Activation
 from falcon_qlora.kernels.low_rank import LowRank
 
 _HOPPER = 9  # its compute capability
+_NOTHING = 1e-20  # beside LoRA's largest values; its square is a float32 that is not 0
 
 # Accumulating in the matrix units alone, as torch._scaled_mm does with use_fast_accum. The library's default
 # for FP8 adds up in more registers than there are; the last two are what it gives kernels that need fewer.
@@ -51,13 +53,12 @@ class Fp8GeluProducts:
     Attributes:
         forward: from x ``[T, C]``, a weight in FP8 ``[F, C]`` and its scale, float32 ``[]``, and the scales
             of the rows that GELU's output is to have, float32 ``[T]``: ``x @ weightᵀ`` in the dtype of
-            activations, and its GELU in FP8 and in that dtype, each ``[T, F]``; None for the last where the
-            next t is made from FP8.
+            activations, and its GELU in FP8, each ``[T, F]``.
         backward: from the gradient of GELU's output likewise, the scales that the result is to have, and
             GELU's input ``[T, F]``: the gradient of this input in FP8 and as it is, and GELU's output.
     """
 
-    forward: Callable[[Rows, Tensor, Tensor, Tensor, torch.dtype], tuple[Tensor, Rows, Tensor | None]]
+    forward: Callable[[Rows, Tensor, Tensor, Tensor, torch.dtype], tuple[Tensor, Rows]]
     backward: Callable[[Rows, Tensor, Tensor, Tensor, Tensor], tuple[Rows, Tensor, Tensor]]
 
 
@@ -73,8 +74,7 @@ def least(low: LowRank, scale: Tensor) -> Tensor:
         low: LoRA's part.
         scale: of the weight, float32 ``[]``.
     """
-    largest = low.right.float().abs().amax(1) / (LARGEST * scale)
-    return (low.left.float().abs() * largest).amax(1)
+    return _largest(low.left * (_largest(low.right, 1) / (LARGEST * scale)), 1)
 
 
 def put(low: LowRank, scales: Tensor, scale: Tensor, left: Tensor, right: Tensor) -> None:
@@ -87,27 +87,19 @@ def put(low: LowRank, scales: Tensor, scale: Tensor, left: Tensor, right: Tensor
         left: the rows' columns in FP8 ``[T, columns_of(R)]``, to write into.
         right: the weight's ``[F, columns_of(R)]``, likewise.
     """
-    of_left, of_right = low.left.float() / scales[:, None], low.right.T.float() / scale
-    largest_left, largest_right = of_left.abs().amax(0), of_right.abs().amax(0)
-    balance = largest_left.sqrt() / largest_right.sqrt()
-    balance = torch.where((largest_left > 0) & (largest_right > 0), balance, 1.0)
-    high, rest = _split(of_left / balance)
-    _write(left, high, rest, high)
-    high, rest = _split(of_right * balance)
-    _write(right, high, high, rest)
+    balance = _balance(_largest(low.left / scales[:, None], 0), _largest(low.right, 1) / scale)
+    fp8.split_columns(low.left, scales, balance, left, low_last=False)
+    fp8.split_columns(low.right.T, scale.expand(len(right)), balance.reciprocal(), right, low_last=True)
 
 
-def _split(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The nearest FP8 value, and what is left of `x`; both in float32."""
-    high = x.clamp(-LARGEST, LARGEST).to(fp8.DTYPE).float()
-    return high, x - high
+def _largest(x: Tensor, dim: int) -> Tensor:
+    """The largest absolute values along `dim`, float32."""
+    return torch.linalg.vector_norm(x, math.inf, dim=dim, dtype=torch.float32)
 
 
-def _write(out: Tensor, *parts: Tensor) -> None:
-    together = torch.cat(parts, dim=1)
-    width = together.shape[1]
-    out[:, :width] = together
-    out[:, width:] = 0
+def _balance(left: Tensor, right: Tensor) -> Tensor:
+    """k for every rank, from the largest absolute values of both sides; any, where one side is zeros."""
+    return ((left + _NOTHING) / (right + _NOTHING)).sqrt()
 
 
 def times_transposed(rows: Rows, a: Tensor, dtype: torch.dtype) -> Tensor:
@@ -129,10 +121,9 @@ def times_transposed(rows: Rows, a: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _forward(
     x: Rows, weight: Tensor, scale: Tensor, scales: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, Rows, Tensor]:
+) -> tuple[Tensor, Rows]:
     before = x.values.float() @ weight.float().T * (x.scales * scale)[:, None]
-    after = F.gelu(before)
-    return before.to(dtype), fp8.to_rows(after, scales), after.to(dtype)
+    return before.to(dtype), fp8.to_rows(F.gelu(before), scales)
 
 
 def _backward(
@@ -178,8 +169,6 @@ def _tried(device: torch.device) -> Fp8GeluProducts:
     exact = part.float() @ (values[:, 48:].float() * scale).T
     pairs = [(of_part, exact), *zip(*forward, strict=True), *zip(*backward, strict=True)]
     for found, expected in pairs:
-        if found is None:
-            continue
         wide, reference = found.float(), expected.float()
         distance = float((wide - reference).norm() / reference.norm())
         if not distance < 0.02:  # NaN too
@@ -187,9 +176,7 @@ def _tried(device: torch.device) -> Fp8GeluProducts:
     return products
 
 
-def _define(
-    forward_tile: Tile = FORWARD, backward_tile: Tile = BACKWARD, *, after_too: bool = True
-) -> Fp8GeluProducts:
+def _define(forward_tile: Tile = FORWARD, backward_tile: Tile = BACKWARD) -> Fp8GeluProducts:
     from quack import activation
     from quack.epilogue.frontend import gemm_epilogue
     from quack.epilogue.ops import ColVecLoad
@@ -204,12 +191,6 @@ def _define(
     def forward(acc, v, inverse):  # type: ignore[no-untyped-def]
         before = acc * v
         return {"D": before, "after8": gelu(before) * inverse}
-
-    @gemm_epilogue(outputs=("after8", "after"), ops=of_rows())
-    def forward_both(acc, v, inverse):  # type: ignore[no-untyped-def]
-        before = acc * v
-        after = gelu(before)
-        return {"D": before, "after8": after * inverse, "after": after}
 
     @gemm_epilogue(outputs=("of_before8", "after"), ops=of_rows())
     def backward(acc, c, v, inverse):  # type: ignore[no-untyped-def]
@@ -230,15 +211,12 @@ def _define(
 
     def run_forward(
         x: Rows, weight: Tensor, scale: Tensor, scales: Tensor, dtype: torch.dtype
-    ) -> tuple[Tensor, Rows, Tensor | None]:
+    ) -> tuple[Tensor, Rows]:
         before = scales.new_empty(len(x.values), len(weight), dtype=dtype)
-        outputs = {"after8": torch.empty_like(before, dtype=fp8.DTYPE)}
-        if after_too:
-            outputs["after"] = torch.empty_like(before)
+        values = torch.empty_like(before, dtype=fp8.DTYPE)
         if len(before):
-            epilogue = forward_both if after_too else forward
-            run(epilogue, forward_tile, x, weight, scale, scales, before, None, outputs)
-        return before, Rows(outputs["after8"], scales), outputs.get("after")
+            run(forward, forward_tile, x, weight, scale, scales, before, None, {"after8": values})
+        return before, Rows(values, scales)
 
     def run_backward(
         grad: Rows, weight: Tensor, scale: Tensor, scales: Tensor, before: Tensor

@@ -20,6 +20,7 @@ _MOST_WARPS = 16
 _LONGEST, _PIECE = 32_768, 8192  # longer rows are read twice, in pieces
 _TILE, _TILE_WARPS = 64, 4  # of a weight: 64 × 64
 _SUM = 64, 128, 8  # tokens and features of a tile, and warps
+_SPLIT_ROWS = 32
 
 
 def quantize_rows(x: Tensor, out: Tensor | None = None, least: Tensor | None = None) -> tuple[Rows, Tensor]:
@@ -59,6 +60,17 @@ def quantize_weight(layer: Any, scale: Tensor, out: Tensor, transpose: bool) -> 
         INT8=weight.dtype == torch.int8, TRANSPOSE=transpose, TILE=_TILE, num_warps=_TILE_WARPS,
     )  # fmt: skip
     return out
+
+
+def split_columns(matrix: Tensor, scales: Tensor, divisors: Tensor, out: Tensor, low_last: bool) -> None:
+    """`fp8.split_columns` in one launch."""
+    (rows, rank), columns = matrix.shape, out.shape[1]
+    assert out.stride(1) == 1
+    if rows and columns:
+        _split_columns[(triton.cdiv(rows, _SPLIT_ROWS),)](
+            matrix, scales, divisors, out, *matrix.stride(), scales.stride(0), out.stride(0), rows, rank,
+            columns, LOW_LAST=low_last, ROWS=_SPLIT_ROWS, RANK=triton.next_power_of_2(rank),
+        )  # fmt: skip
 
 
 def add(x: Tensor, low: LowRank | None, addends: tuple[Tensor, ...] = ()) -> Tensor:
@@ -199,3 +211,41 @@ def _add(
         low, _ = low_rank_tile(factors, token, in_tokens, feature, in_features, RANK)
         x += low
     tl.store(x_ptr, x.to(x_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["rows"])  # one compilation for any number
+def _split_columns(
+    matrix_ptr,  # [N, R], any strides
+    scales_ptr,  # float32 [N], scales_stride apart
+    factors_ptr,  # float32 [R], that divide
+    values_ptr,  # fp8 [N, C], rows values_stride apart
+    row_stride,
+    column_stride,
+    scales_stride,
+    values_stride,
+    rows,  # N
+    rank,  # R
+    columns,  # C
+    LOW_LAST: tl.constexpr,
+    ROWS: tl.constexpr,
+    RANK: tl.constexpr,  # a power of 2 ≥ R
+):
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    index = tl.arange(0, RANK)
+    in_rows, in_rank = row < rows, index < rank
+    mask = in_rows[:, None] & in_rank[None, :]
+    at = row.to(tl.int64)[:, None]
+    x = tl.load(matrix_ptr + at * row_stride + index[None, :] * column_stride, mask=mask, other=0.0)
+    scale = tl.load(scales_ptr + row * scales_stride, mask=in_rows, other=1.0)
+    divisor = tl.load(factors_ptr + index, mask=in_rank, other=1.0)
+    x = x.to(tl.float32) / scale[:, None] / divisor[None, :]
+    high = tl.clamp(x, -448.0, 448.0).to(values_ptr.dtype.element_ty)
+    low = (x - high.to(tl.float32)).to(values_ptr.dtype.element_ty)
+    start = values_ptr + at * values_stride + index[None, :]
+    tl.store(start, high, mask=mask)
+    tl.store(start + (rank if LOW_LAST else 2 * rank), high, mask=mask)
+    tl.store(start + (2 * rank if LOW_LAST else rank), low, mask=mask)
+    left = 3 * rank + tl.arange(0, 16)
+    empty = tl.zeros([ROWS, 16], tl.float32).to(values_ptr.dtype.element_ty)
+    mask = in_rows[:, None] & (left < columns)[None, :]
+    tl.store(values_ptr + at * values_stride + left[None, :], empty, mask=mask)

@@ -75,6 +75,35 @@ def test_rows_are_quantized_to_the_nearest(shape: tuple[int, int], dtype: torch.
         assert torch.equal(one.values.float(), ours.values.float())
 
 
+@pytest.mark.parametrize(("rows", "rank"), [(3, 5), (70, 8), (40, 17), (33, 64)])
+@pytest.mark.parametrize("low_last", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_value_is_split_in_two(rows: int, rank: int, low_last: bool, dtype: torch.dtype) -> None:
+    x = 3 * random(rows, rank, dtype=dtype)
+    x[0, 0] = 0
+    scales, divisors = (random(size, 1)[:, 0].abs() + 0.1 for size in (rows, rank))
+    size = -(-3 * rank // 16) * 16
+    found = {}
+    for form, matrix in (("torch", x), ("triton", x), ("transposed", x.T.contiguous().T)):
+        wide = torch.ones(rows, size + 32, dtype=torch.uint8, device=x.device).view(DTYPE)
+        out = wide[:, 16:-16]
+        with ops.using("torch" if form == "torch" else "triton"):
+            fp8.split_columns(matrix, scales, divisors, out, low_last)
+        assert all(edge.view(torch.uint8).eq(1).all() for edge in (wide[:, :16], wide[:, -16:]))
+        found[form] = out.float()
+    assert torch.equal(found["transposed"], found["triton"])
+    expected = x.double() / scales[:, None] / divisors
+    assert expected.abs().max() < LARGEST
+    for columns in found.values():
+        high, low, again = (columns[:, part * rank : (part + 1) * rank] for part in range(3))
+        if low_last:
+            low, again = again, low
+        assert torch.equal(high, again)
+        assert not columns[:, 3 * rank :].any()
+        error = (high.double() + low.double() - expected).abs()
+        assert (error <= 2**-8 * expected.abs() + 2**-10).all()
+
+
 def test_rows_longer_than_registers_are_read_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     x = random(5, 272, dtype=torch.bfloat16)
     x[0], x[1, 200], x[2, 3] = 0, 30, -30
