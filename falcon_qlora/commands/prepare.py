@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.common.files import quoted
-from falcon_qlora.common.quantities import counted, gib
+from falcon_qlora.common.quantities import counted, sized
 from falcon_qlora.common.stores import is_address
 from falcon_qlora.config import Configuration, parse
 from falcon_qlora.processes.watchdog import end_native_code_after
@@ -51,9 +51,9 @@ def main(argv: list[str]) -> int:
     name = settings.model_name_or_path
     for download in _downloads(configuration):
         print_plain(
-            f"{download.kind} {download.repository}: {gib(download.total_bytes)}, "
-            f"{gib(download.missing_bytes)} to download; "
-            f"{gib(download.free_bytes, 1)} free in {download.cache}"
+            f"{download.kind} {download.repository}: {sized(download.total_bytes)}, "
+            f"{sized(download.missing_bytes)} to download; "
+            f"{sized(download.free_bytes, 1)} free in {download.cache}"
         )
         download.check_disk(copies=_COPIES_OF_A_DATA_SET if download.kind == "dataset" else 1)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.common.files import free_bytes, is_being_written, replaced_folder, try_to_write
-from falcon_qlora.common.quantities import gib
+from falcon_qlora.common.quantities import sized
 from falcon_qlora.common.record_files import CERTIFICATE, PREPARED
 
 
@@ -49,8 +49,10 @@ def check_disk(out: Path, needed: int, kind: Kind = MERGE) -> None:
     if needed > free:
         fewer = ", or make one merge instead of two (--base 16bit or --base dequantized)"
         raise UserError(
-            f"{kind.flag} {out}: the {kind.what} needs {gib(needed)}, only {gib(free)} free. Free space, or "
-            f"name a folder on another disk{fewer if kind is MERGE else ''}"
+            f"{kind.flag} {out}: the {kind.what} needs {sized(needed)}, only {sized(free)} free: "
+            f"{sized(needed - free)} short. Free space, or name a folder on another disk"
+            + fewer
+            * (kind is MERGE)
         )
 
 

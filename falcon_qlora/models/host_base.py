@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from falcon_qlora.common.errors import UserError
-from falcon_qlora.common.quantities import gib
+from falcon_qlora.common.quantities import sized
 from falcon_qlora.processes.page_locked import PageLocked
 
 
@@ -34,8 +34,8 @@ class HostCopy:
             self._blocks = [locked.new(size) for size in sizes]
         except MemoryError as error:
             raise UserError(
-                f"--offload_base: {gib(sum(sizes), 1)} of CPU memory are needed, and {error}: free memory on "
-                "this machine, or raise the limit of locked memory (ulimit -l, or the container's)"
+                f"--offload_base: {sized(sum(sizes), 1)} of CPU memory are needed, and {error}: free memory "
+                "on this machine, or raise the limit of locked memory (ulimit -l, or the container's)"
             ) from None
         self._locked = locked
 

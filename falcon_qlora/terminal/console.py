@@ -22,7 +22,7 @@ from rich.text import Text
 
 from falcon_qlora.common.errors import printable
 from falcon_qlora.common.files import quoted
-from falcon_qlora.common.quantities import counted, duration
+from falcon_qlora.common.quantities import GIB, counted, duration, sized
 from falcon_qlora.processes import ranks
 from falcon_qlora.terminal.notebook import in_notebook
 from falcon_qlora.terminal.output import below
@@ -164,7 +164,7 @@ def print_end(
         best = f"best on held-out data {summary['best_eval_loss']:.4g}"
         best += f" at step {summary['best_step']:,}" if summary.get("best_step") is not None else ""
     if peak := summary.get("peak_memory_gib"):
-        memory = f"{peak:.2f} GiB at most on one device"
+        memory = f"{sized(peak * GIB)} at most on one device"
     if tokens := summary.get("micro_batch_tokens"):
         memory = joined(memory, f"micro-batches of {tokens:,} tokens ({summary.get('micro_batch_reason')})")
     if (parts := summary.get("micro_batch_parts", 1)) > 1:

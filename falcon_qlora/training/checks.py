@@ -19,7 +19,7 @@ from torch import nn
 from falcon_qlora.checkpoint import manifest
 from falcon_qlora.checkpoint.adapter_check import WHOLE, Reopened
 from falcon_qlora.common.files import quoted
-from falcon_qlora.common.quantities import counted
+from falcon_qlora.common.quantities import GIB, counted, sized
 from falcon_qlora.data.tokens import COUNTED
 from falcon_qlora.methods.adapter_folder import TENSORS, read_record
 from falcon_qlora.methods.interface import method_of
@@ -252,9 +252,9 @@ def _reopened(reopened: Reopened | None) -> Check:
 
 def _memory(predicted: float | None, measured: float) -> Check:
     if predicted is None:
-        return _not_checked(f"{measured:.2f} GiB used (nothing was predicted)", measured_gib=measured)
+        return _not_checked(f"{sized(measured * GIB)} used (nothing was predicted)", measured_gib=measured)
     ratio = measured / predicted
-    told = f"{measured:.2f} GiB used of {predicted:.2f} predicted ({ratio - 1:+.1%})"
+    told = f"{sized(measured * GIB)} used of {sized(predicted * GIB)} predicted ({ratio - 1:+.1%})"
     return _check(ratio <= 1 + _MEMORY_ABOVE, told, measured_gib=measured, predicted_gib=predicted)
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from falcon_qlora.common.errors import UserError, first_line, message_of, one_line, reason_of
 from falcon_qlora.common.files import replaced_folder, temporary_files, user_cache, write_json, write_text
-from falcon_qlora.common.quantities import counted, gib, passes
+from falcon_qlora.common.quantities import counted, passes, sized
 from falcon_qlora.common.record_files import check_format
 from falcon_qlora.common.untrusted import is_count, is_number
 from falcon_qlora.data.cache import entry
@@ -81,8 +81,11 @@ def test_a_write_that_fails_is_told_with_its_file(tmp_path: Path) -> None:
 
 
 def test_quantities_carry_their_units() -> None:
-    assert gib(3 * 2**29) == "1.50 GiB"
-    assert gib(2**30, 1) == "1.0 GiB"
+    assert sized(3 * 2**29) == "1.50 GiB"
+    assert sized(2**30, 1) == "1.0 GiB"
+    assert sized(2**30 / 10) == "0.10 GiB"
+    assert [sized(0.09 * 2**power) for power in (30, 20, 10)] == ["92.2 MiB", "92.2 KiB", "92 bytes"]
+    assert [sized(count) for count in (0, 1)] == ["0 bytes", "1 byte"]
     assert counted(1, "GPU") == "1 GPU"
     assert counted(2000, "process", "processes") == "2,000 processes"
 
