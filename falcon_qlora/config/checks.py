@@ -268,19 +268,19 @@ def _settle_method(values: Values, laid: Laid) -> None:
     method, of_method = METHODS[values["method"]], _rank(laid, "method")
     if method.needs_16bit and values["quantize_mode"] != "16bit":
         if _rank(laid, "quantize_mode") >= of_method:
-            other = ", or train an adapter on the quantized base, such as --method lora"
+            adapter = ", or train an adapter on the quantized base, such as --method lora"
             raise UserError(
                 f"{laid['quantize_mode'][1].where('quantize_mode')} is {values['quantize_mode']}, but "
                 f"--method {method.name} {method.needs_16bit}: give --quantize_mode 16bit"
-                + other
+                + adapter
                 * (values["sharding"] != "zero3")
             )
         values["quantize_mode"] = "16bit"
     if values["sharding"] == "zero3" and not method.is_whole:
-        other = "--sharding fsdp shares out the frozen weights under an adapter"
+        advice = "--sharding fsdp shares out the frozen weights under an adapter"
         if values["offload_base"] or values["use_dora"]:  # which exclude that
-            other = "drop it"
-        raise UserError(f"--sharding zero3 is for --method full: {other}")
+            advice = "drop it"
+        raise UserError(f"--sharding zero3 is for --method full: {advice}")
     if values["new_tokens"]:
         values["new_tokens"] = named_tokens(values["new_tokens"])  # a run records the tokens, not their file
     own = {each.name: each for each in settings_of(method)}

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import math
 import os
 import pwd
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from falcon_qlora.common.quantities import counted, passes, sized
 from falcon_qlora.common.record_files import check_format
 from falcon_qlora.common.untrusted import is_count, is_number
 from falcon_qlora.data.cache import entry
+from falcon_qlora.merge.out import check_out
 from tests.integration.runs import room_for
 
 
@@ -78,6 +81,29 @@ def test_a_write_that_fails_is_told_with_its_file(tmp_path: Path) -> None:
     with room_for(10), pytest.raises(UserError, match=f"the cache folder {tmp_path} cannot be .* too large;"):
         entry(tmp_path, "key", lambda folder: write_text(folder / "a", "b" * 99))
     assert [path.name for path in tmp_path.iterdir()] == []
+
+
+def test_where_nothing_can_be_locked_what_a_killed_merge_left_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    with (
+        replaced_folder(out) as partial,
+        pytest.raises(UserError, match=r"is writing this merge\. Wait for it to end$"),
+    ):
+        check_out(out, overwrite=True)
+    shutil.rmtree(out)
+
+    def no_locks(handle: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    partial.mkdir()  # as it is after a SIGKILL
+    with monkeypatch.context() as patched:
+        patched.setattr(fcntl, "flock", no_locks)
+        with pytest.raises(UserError, match=rf"or was killed at it: if none .* \(rm -r {partial}\)$"):
+            check_out(out, overwrite=False)
+    check_out(out, overwrite=False)  # with locks it is known to be left, and removed
+    assert [*tmp_path.iterdir()] == []
 
 
 def test_quantities_carry_their_units() -> None:
