@@ -64,6 +64,12 @@ def note(message: str) -> None:
     _say(f"note: {message}", style="yellow")
 
 
+def note_here(message: str) -> None:
+    """As `note`, of this process alone: on any rank, which is named where there are several."""
+    of_rank = f"{ranks.named()}: " if ranks.world_size() > 1 else ""
+    _say(f"note: {of_rank}{message}", style="yellow", here=True)
+
+
 @contextmanager
 def aside() -> Iterator[None]:
     """Within the block, print on standard error: a command's results go to standard output."""
@@ -80,10 +86,10 @@ def say_doing(message: str) -> None:
     _say(f"{message} …", style="dim")
 
 
-def _say(line: str, *, style: str) -> None:
-    """Print a line on the main process, also where a dry run keeps back what a run prints."""
+def _say(line: str, *, style: str, here: bool = False) -> None:
+    """Print a line, on the main process unless `here`, also where a dry run keeps back what a run prints."""
     out = console()
-    kept_back, out.quiet = out.quiet, not ranks.is_main_process()
+    kept_back, out.quiet = out.quiet, not (here or ranks.is_main_process())
     try:
         out.print(Text(printable(line), style=style), soft_wrap=True)
     finally:

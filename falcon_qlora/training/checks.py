@@ -8,7 +8,6 @@ whole run or of what has happened since its last start.
 from __future__ import annotations
 
 import math
-import socket
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -69,7 +68,7 @@ def facts(trainer: FalconTrainer, mode: QuantizeMode) -> Facts:
     layout = layout_of(base.config)
     linears = {name: base.get_submodule(name) for name in layout.expected_linears()}
     return Facts(
-        rank=f"rank {ranks.process_index()} on {socket.gethostname()}",
+        rank=ranks.named(),
         unquantized=[
             name
             for name, linear in linears.items()

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import shutil
-import socket
 import sys
 import traceback
 from pathlib import Path
@@ -96,7 +95,7 @@ class DryRun:
                 return  # it only follows from another process's death
             traceback.print_exception(error, file=sys.stderr)
             told = f"{type(error).__name__}: {first_line(error)}"
-        place = f"rank {ranks.process_index()} on {socket.gethostname()}"
+        place = ranks.named()
         lines = [f"  {label}: {text}" for label, text in self._rows]
         cause, *more = told.removeprefix("error: ").splitlines()
         raise UserError(f"dry run: {place}, {phases.now}: {cause}", *more, *lines) from error
@@ -124,7 +123,7 @@ class DryRun:
         )
 
     def _compare_versions(self) -> None:
-        mine = {f"rank {ranks.process_index()} on {socket.gethostname()}": versions()}
+        mine = {ranks.named(): versions()}
         everyone = {name: each for theirs in agreement.met_by_all(mine) for name, each in theirs.items()}
         first, *others = everyone.items()
         for name, each in others:
