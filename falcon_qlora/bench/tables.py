@@ -16,7 +16,7 @@ from falcon_qlora.bench.machine import Machine, summary
 from falcon_qlora.bench.variants import VARIANTS
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.common.files import check_writable
-from falcon_qlora.common.quantities import counted
+from falcon_qlora.common.quantities import GB, GIB, counted
 from falcon_qlora.terminal import markdown
 from falcon_qlora.terminal.charts import Line, Product
 from falcon_qlora.terminal.markdown import escaped
@@ -34,7 +34,7 @@ COLUMNS = tuple(
 _HEADER_BYTES = 10_000  # more than the bench's own header takes
 _SAMPLE_TOKENS = 512
 _CONFIDENCE = 0.95
-# Title → column, and how it is shown.
+# Title → column, and how it is shown; the CSV has GB (10^9 bytes), people get GiB as everywhere.
 _OF_STEPS = {
     "variant": ("variant", "{}"),
     "base": ("quantize_mode", "{}"),
@@ -43,7 +43,7 @@ _OF_STEPS = {
     "512-token samples/s": ("samples_per_second_512", "{:g}"),
     "TFLOP/s by 4N": ("tflops_4n", "{:g}"),
     "of the ceiling": ("ceiling_share", "{:.1%}"),
-    "peak GB allocated": ("peak_allocated_gb", "{:.2f}"),
+    "peak GiB allocated": ("peak_allocated_gb", "{:.2f}"),
     "reserved": ("peak_reserved_gb", "{:.2f}"),
     "ms a step": ("step_ms", "{:,.1f}"),
     "ratio": ("ratio_to_first", "{:.3f}x"),
@@ -56,7 +56,7 @@ _OF_COMMANDS = {
     "tokens/s": ("tokens_per_second", "{:,}"),
     "scaling": ("ratio_to_first", "{:.3f}x"),
     "of the same GPUs alone": ("share_of_alone", "{:.1%}"),
-    "peak GB a GPU": ("peak_reserved_gb", "{:.1f}"),
+    "peak GiB a GPU": ("peak_reserved_gb", "{:.1f}"),
     "ms a step": ("step_ms", "{:,.1f}"),
     "whole command, s": ("command_seconds", "{:.0f}"),
 }
@@ -289,7 +289,9 @@ def _markdown(
     for section, of_section in sections.items():
         cells = []
         for row in of_section:
-            shown = ["" if row[name] == "" else form.format(row[name]) for name, form in columns.values()]
+            shown = [
+                "" if row[name] == "" else form.format(_shown(row, name)) for name, form in columns.values()
+            ]
             if row["tokens_per_second"] == "":
                 shown[figures_from:] = [row["note"].partition("; ")[0]]
             cells.append(shown)
@@ -298,8 +300,12 @@ def _markdown(
     return "\n".join(lines).rstrip()
 
 
+def _shown(row: Row, column: str) -> Any:
+    return float(row[column]) * GB / GIB if column.endswith("_gb") else row[column]
+
+
 def speed_over_memory(rows: Sequence[Row]) -> dict[str, Line]:
-    """Label → peak GB allocated and tokens/s, for each variant that has figures."""
+    """Label → peak GiB allocated and tokens/s, for each variant that has figures."""
     return _lines(
         rows, "peak_allocated_gb", "tokens_per_second", lambda row: f"{row['model'].partition('?')[0]} "
     )
@@ -319,7 +325,9 @@ def _lines(rows: Sequence[Row], x: str, y: str, kind: Callable[[Row], str]) -> d
     for row in rows:
         if row["tokens_per_second"] != "":
             label = (kind(row) if many else "") + row["variant"]
-            found.setdefault(label, Line(_product(row), [])).points.append((float(row[x]), float(row[y])))
+            found.setdefault(label, Line(_product(row), [])).points.append(
+                (float(_shown(row, x)), float(row[y]))
+            )
     return found
 
 

@@ -32,7 +32,7 @@ from falcon_qlora.checkpoint.optimizer_parts import own_part, write_part
 from falcon_qlora.common.errors import UserError, reason_of
 from falcon_qlora.common.files import flush, put_in_place
 from falcon_qlora.common.host_memory import free_host_bytes
-from falcon_qlora.common.quantities import gib
+from falcon_qlora.common.quantities import sized
 from falcon_qlora.methods.interface import method_of
 from falcon_qlora.models.sharded import is_sharded, take_part, whole_bytes, whole_tensors
 from falcon_qlora.processes import agreement, ranks
@@ -339,8 +339,8 @@ class Checkpointer:
         free = free_host_bytes()
         if self._too_large is None and needed > _MOST_OF_FREE * free:
             self._too_large = (
-                f"training waits for every save: copying what is saved needs {gib(needed)} of host memory, "
-                f"at most half of what is free; {gib(free)} are"
+                f"training waits for every save: copying what is saved needs {sized(needed)} of host memory, "
+                f"at most half of what is free; {sized(free)} are"
             )
         return self._too_large
 

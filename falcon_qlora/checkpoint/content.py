@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from falcon_qlora.checkpoint import process_state, write
@@ -149,11 +148,10 @@ class Filling:
         about = {"step": content.step, "processes": content.processes, "resumable": content.resumable}
         with ThreadPoolExecutor(3) as beside:  # the reading back, the disk and the hashes
             checked = beside.submit(self._check, content, model_is_free)
-            with write.disk_errors():
-                for name, held in content.files.items():
-                    torch.save(held, partial / name)
-                if content.cursor is not None:
-                    process_state.save_cursor(partial, content.cursor)
+            for name, held in content.files.items():
+                write.save(held, partial / name)
+            if content.cursor is not None:
+                process_state.save_cursor(partial, content.cursor)
             (partial / process_state.TRAINER_STATE).write_text(content.trainer_state, encoding="utf-8")
             files = [file for file in partial.iterdir() if file.name not in content.parts]
             flushed = [beside.submit(flush, file) for file in files]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from falcon_qlora.processes import devices
 from falcon_qlora.processes.page_locked import PageLocked
-from falcon_qlora.terminal.console import note
+from falcon_qlora.terminal.console import note_here
 
 _PIECE_BYTES = 2**26  # tensors share pieces of so much; a larger one has its own
 _ALIGNMENT = 64
@@ -147,6 +147,6 @@ class HostCopies:
             return self._memory.new(size).numpy()
         except MemoryError as error:
             if not self._is_refused:
-                note(f"memory for copies of what is saved: {error}; the GPU waits for each copy")
+                note_here(f"memory for copies of what is saved: {error}; the GPU waits for each copy")
             self._is_refused = True
             return np.empty(size, dtype=np.uint8)

@@ -16,7 +16,7 @@ from torch import Tensor
 from falcon_qlora.checkpoint.manifest import describe_file
 from falcon_qlora.checkpoint.process_state import OPTIMIZER
 from falcon_qlora.checkpoint.read import check_optimizer
-from falcon_qlora.checkpoint.write import disk_errors
+from falcon_qlora.checkpoint.write import save
 from falcon_qlora.models.sharded import from_own_rows, local_tensor, own_rows
 
 
@@ -51,8 +51,7 @@ def write_part(
         raise OSError(
             0, f"{folder} is not there: a sharded run's machines must share the folder it writes to"
         )
-    with disk_errors():
-        torch.save(part, file)
+    save(part, file)
     return {file.name: describe_file(file)}
 
 

@@ -8,7 +8,9 @@ import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -107,6 +109,24 @@ def disk_errors() -> Iterator[None]:
         number = _OF_RUST.search(str(error))
         told = os.strerror(int(number[1])) if number else first_line(error)
         raise OSError(int(number[1]) if number else 0, told) from error
+
+
+def save(held: Any, file: Path) -> None:
+    """Write tensors as `torch.save` does.
+
+    Raises:
+        OSError: if they cannot be written, with the file's name and the system's reason. torch's own writer
+            tells neither; of one that writes into a file of Python's, the reason is what its error follows.
+    """
+    try:
+        with file.open("wb") as opened:
+            torch.save(held, opened)
+    except (RuntimeError, OSError) as error:
+        cause: BaseException | None = error
+        while cause is not None and not (isinstance(cause, OSError) and cause.errno):
+            cause = cause.__context__
+        number, why = (0, first_line(error)) if cause is None else (cause.errno, cause.strerror)
+        raise OSError(number, f"{file.name}: {why}") from error
 
 
 def set_aside_after(checkpoints: Path, step: int) -> list[Path]:

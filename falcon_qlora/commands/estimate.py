@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from falcon_qlora.common.errors import UserError, printable
-from falcon_qlora.common.quantities import GIB, counted, duration, passes
+from falcon_qlora.common.quantities import GIB, counted, duration, passes, sized
 from falcon_qlora.common.settings import setting
 from falcon_qlora.config import Configuration, parse
 from falcon_qlora.processes.watchdog import end_native_code_after
@@ -284,7 +284,7 @@ def _tell(
     print_plain("")
     out.print(_parts(found))
     if found.host_bytes:
-        print_plain(f"CPU memory of each process, page-locked: {found.host_bytes / GIB:.2f} GiB")
+        print_plain(f"CPU memory of each process, page-locked: {sized(found.host_bytes)}")
     print_plain("")
     if card is None:
         print_columns(_cards(estimator, length))
@@ -319,7 +319,7 @@ def _tell_card(estimator: Estimator, card: Card, found: Estimate) -> None:
         print_plain(f"fits {has}: {found.card_gib:.1f} GiB, --checkpointing {found.checkpointing}")
     else:
         short = found.card_gib - card.gib
-        print_plain(f"does not fit {has}: {found.card_gib:.1f} GiB, {short:.1f} GiB short")
+        print_plain(f"does not fit {has}: {found.card_gib:.1f} GiB, {sized(short * GIB, 1)} short")
         if (told := _told_offloaded(estimator, card)) is not None:
             print_plain(told)
     table = _table("largest that fits", "-b", "tokens", "GiB", "tokens/s")
@@ -358,7 +358,7 @@ def _told_offloaded(estimator: Estimator, card: Card) -> str | None:
         return None
     return (
         f"--offload_base fits it: {found.card_gib:.1f} GiB, --checkpointing {found.checkpointing}, and "
-        f"{found.host_bytes / GIB:.1f} GiB of CPU memory for each GPU"
+        f"{sized(found.host_bytes, 1)} of CPU memory for each GPU"
     )
 
 

@@ -11,9 +11,12 @@ from typing import TYPE_CHECKING
 
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.common.files import quoted
-from falcon_qlora.common.quantities import counted, gib
+from falcon_qlora.common.quantities import counted, sized
 from falcon_qlora.common.stores import is_address
 from falcon_qlora.config import Configuration, parse
+from falcon_qlora.config.arguments import LaunchArguments
+from falcon_qlora.config.parser import FalconParser
+from falcon_qlora.config.verbs import VERBS
 from falcon_qlora.processes.watchdog import end_native_code_after
 from falcon_qlora.terminal.library_logging import quiet_libraries
 from falcon_qlora.terminal.output import say_loading
@@ -51,9 +54,9 @@ def main(argv: list[str]) -> int:
     name = settings.model_name_or_path
     for download in _downloads(configuration):
         print_plain(
-            f"{download.kind} {download.repository}: {gib(download.total_bytes)}, "
-            f"{gib(download.missing_bytes)} to download; "
-            f"{gib(download.free_bytes, 1)} free in {download.cache}"
+            f"{download.kind} {download.repository}: {sized(download.total_bytes)}, "
+            f"{sized(download.missing_bytes)} to download; "
+            f"{sized(download.free_bytes, 1)} free in {download.cache}"
         )
         download.check_disk(copies=_COPIES_OF_A_DATA_SET if download.kind == "dataset" else 1)
 
@@ -76,8 +79,37 @@ def main(argv: list[str]) -> int:
         size, added = read_folder_config(folder).vocab_size, configuration.method.new_token_count
         check_vocabulary(tokenizer, size, name=name, added=added)
         print_plain(f"model: {name} is in {folder}")
-    console().print("ready: the same flags now train without a network (HF_HUB_OFFLINE=1)")
+    print_plain(f"ready: the same flags now train {_how(configuration)}{_unless_refused(argv)}")
     return 0
+
+
+def _how(configuration: Configuration) -> str:
+    """How training comes by its rows from now on."""
+    from falcon_qlora.data.selection import is_fraction
+
+    data = configuration.data
+    named, held_out = [*data.dataset_name], data.eval_split
+    if held_out is not None and not (held_out.startswith("split:") or is_fraction(held_out)):
+        named.append(held_out)
+    if data.streaming and (streamed := _on_hub(named, data.dataset_train_split)):
+        return f"with the rows of {', '.join(streamed)} from the hub, which needs the network"
+    return "without a network (HF_HUB_OFFLINE=1)"
+
+
+def _unless_refused(argv: list[str]) -> str:
+    """Which of the given flags only training will look at."""
+    unused = VERBS["prepare"].unused(FalconParser(LaunchArguments).read_flags(argv), ())
+    told = ", ".join(f"--{name}" for name in unused)
+    return f", if train takes {told}: not looked at here" if unused else ""
+
+
+def _on_hub(names: list[str], split: str) -> list[str]:
+    """Those of some data that are sets on the hub."""
+    from falcon_qlora.data.sources import HubSource, find_source
+
+    # A single file has no splits.
+    sources = (find_source(name, split="train" if Path(name).is_file() else split) for name in names)
+    return [source.name for source in sources if isinstance(source, HubSource)]
 
 
 def _quantize(configuration: Configuration) -> int:
@@ -156,7 +188,6 @@ def _preparation(configuration: Configuration) -> Preparation:
 
 def _downloads(configuration: Configuration) -> list[Download]:
     """The downloads from the hub; none if it cannot be reached, as the caches may hold everything."""
-    from falcon_qlora.data.sources import HubSource, find_source
     from falcon_qlora.models.hub import Unreachable, plan_dataset, plan_model
     from falcon_qlora.models.locate import is_on_hub
     from falcon_qlora.terminal.console import note
@@ -167,8 +198,7 @@ def _downloads(configuration: Configuration) -> list[Download]:
         if is_on_hub(settings.model_name_or_path):
             downloads.append(plan_model(settings.model_name_or_path, revision=settings.model_revision))
         if not data.streaming:
-            sources = [find_source(name, split=data.dataset_train_split) for name in data.dataset_name]
-            names = [source.name for source in sources if isinstance(source, HubSource)]
+            names = _on_hub(data.dataset_name, data.dataset_train_split)
             downloads += [plan_dataset(name, config=data.dataset_config) for name in names]
     except Unreachable as error:
         note(f"{error}: going on with what the caches hold")

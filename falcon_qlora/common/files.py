@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import errno
 import fcntl
 import hashlib
 import json
@@ -193,11 +194,24 @@ def remove_leftovers(target: Path) -> None:
                 shutil.rmtree(path, ignore_errors=True)
 
 
-def is_being_written(target: Path) -> bool:
-    """Whether another process is in `replaced_folder` for it; what killed ones left is removed."""
+def being_written(target: Path) -> tuple[Path, bool] | None:
+    """The folder that another process fills in `replaced_folder` for it, if any, and whether a lock says so.
+
+    Without one, a killed process may have left it: some network file systems cannot lock folders. Where they
+    can, what killed ones left is removed here.
+    """
     remove_leftovers(target)
     begins = f".{target.name}{_PARTIAL}"
-    return target.parent.is_dir() and any(path.name.startswith(begins) for path in target.parent.iterdir())
+    beside = [*target.parent.iterdir()] if target.parent.is_dir() else []
+    for path in (path for path in beside if path.name.startswith(begins)):
+        try:
+            with _held(path):
+                return path, False
+        except FileNotFoundError:  # its process has ended meanwhile
+            continue
+        except OSError as error:
+            return path, error.errno == errno.EWOULDBLOCK
+    return None
 
 
 def flush(path: Path) -> None:

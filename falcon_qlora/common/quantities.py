@@ -6,9 +6,18 @@ GIB = 2**30
 GB = 10**9
 
 
-def gib(size_bytes: float, digits: int = 2) -> str:
-    """``1.50 GiB``, where a GiB is 2^30 bytes."""
-    return f"{size_bytes / GIB:.{digits}f} GiB"
+def sized(size_bytes: float, digits: int = 2) -> str:
+    """``1.50 GiB``, ``12.0 MiB``, ``3.0 KiB`` or ``50 bytes``: in the largest unit of which it has a tenth.
+
+    Args:
+        digits: after the point, of GiB (2^30 bytes); smaller units have one.
+    """
+    if size_bytes >= GIB / 10:
+        return f"{size_bytes / GIB:.{digits}f} GiB"
+    for unit, scale in ("MiB", 2**20), ("KiB", 2**10):
+        if size_bytes >= scale / 10:
+            return f"{size_bytes / scale:,.1f} {unit}"
+    return counted(round(size_bytes), "byte")
 
 
 def duration(seconds: float) -> str:

@@ -26,6 +26,7 @@ from typing import Any
 
 from falcon_qlora.common.errors import UserError, one_line, printable, without_credentials
 from falcon_qlora.common.files import CACHE, replaced, replaced_folder, user_cache
+from falcon_qlora.common.quantities import sized
 
 _MARK = "://"
 # Scheme → the extra of this package that can read it.
@@ -216,8 +217,8 @@ def fetched(address: str, flag: str, inside: tuple[str, ...] = ("",)) -> Path:
         content = hashlib.sha256(repr((store.address, listed)).encode()).hexdigest()[:16]
         folder = user_cache("remote") / f"{slug(address)}-{content}"
         if not folder.is_dir():
-            size = sum(each.bytes for each in found.values()) / 1e6
-            print(printable(f"note: copying {address} to {folder} ({size:,.1f} MB)"), file=sys.stderr)
+            size = sum(each.bytes for each in found.values())
+            print(printable(f"note: copying {address} to {folder} ({sized(size, 1)})"), file=sys.stderr)
             with replaced_folder(folder, first_wins=True) as partial:
                 for name in found:
                     store.get(name, partial / name)

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from falcon_qlora.common.quantities import GB, GIB
 from falcon_qlora.common.untrusted import is_number, of_a_run
 from falcon_qlora.run_folder.directory import RunDirectory
 
@@ -32,7 +31,7 @@ class Compared:
 
 @dataclass(frozen=True, kw_only=True)
 class Figures:
-    """The figures of one run; unknown ones are None. A GB is 10^9 bytes.
+    """The figures of one run; unknown ones are None.
 
     Attributes:
         base: how the base's weights are stored.
@@ -44,8 +43,8 @@ class Figures:
         wall_tokens_per_second: speed over `wall_seconds`.
         seconds_per_1000_samples: without the first logged interval, in which kernels are compiled.
         time_ratio_to_full: seconds per 1,000 samples, divided by those of full fine-tuning.
-        peak_memory_gb: peak of the process that reserved the most.
-        total_peak_memory_gb: sum of the peaks of all processes.
+        peak_memory_gib: peak of the process that reserved the most.
+        total_peak_memory_gib: sum of the peaks of all processes.
         loss: the last training loss in the log.
         eval_loss_before: evaluation loss before the first step.
         eval_loss_after: evaluation loss of what was kept: the last step or the best checkpoint.
@@ -66,8 +65,8 @@ class Figures:
     wall_tokens_per_second: float | None = None
     seconds_per_1000_samples: float | None = None
     time_ratio_to_full: float | None = None
-    peak_memory_gb: float | None = None
-    total_peak_memory_gb: float | None = None
+    peak_memory_gib: float | None = None
+    total_peak_memory_gib: float | None = None
     loss: float | None = None
     eval_loss_before: float | None = None
     eval_loss_after: float | None = None
@@ -117,8 +116,8 @@ def figures(run: Compared) -> Figures:
             seconds_per_1000_samples=(
                 1000 * tokens / samples / late_speed if tokens and samples and late_speed else None
             ),
-            peak_memory_gb=_gb(known["peak_memory_gib"]),
-            total_peak_memory_gb=_gb(known["total_peak_memory_gib"]),
+            peak_memory_gib=known["peak_memory_gib"],
+            total_peak_memory_gib=known["total_peak_memory_gib"],
             loss=known["final_loss"],
             eval_loss_before=losses.get(0),
             eval_loss_after=after,
@@ -161,7 +160,3 @@ def _number(value: Any, name: str) -> Any:
     if value is not None and not is_number(value):
         raise ValueError(f"{name} is no number")
     return value
-
-
-def _gb(size_gib: float | None) -> float | None:
-    return None if size_gib is None else size_gib * GIB / GB

@@ -12,7 +12,7 @@ from typing import Any
 
 from falcon_qlora.common.errors import one_line
 from falcon_qlora.common.files import replaced, write_text
-from falcon_qlora.common.quantities import duration
+from falcon_qlora.common.quantities import GB, GIB, duration, sized
 from falcon_qlora.common.untrusted import of_a_run
 from falcon_qlora.compare.figures import Compared, Figures, figures
 from falcon_qlora.run_folder.directory import RunDirectory, batch_of
@@ -26,18 +26,19 @@ LOSS_PICTURE, CURVES = "evaluation-loss.png", "loss-curves.png"
 
 
 def _published(name: str, samples: int, seconds: int, peak_memory_gb: float, gpus: int = 1) -> Figures:
+    peak = peak_memory_gb * GB / GIB
     return Figures(
         name=name,
         gpus=gpus,
         samples=samples,
         seconds=seconds,
         seconds_per_1000_samples=1000 * seconds / samples,
-        peak_memory_gb=peak_memory_gb,
-        total_peak_memory_gb=peak_memory_gb * gpus,
+        peak_memory_gib=peak,
+        total_peak_memory_gib=peak * gpus,
     )
 
 
-# Measured in June 2023 for Falcon-7B on A100 GPUs.
+# Measured in June 2023 for Falcon-7B on A100 GPUs; memory as published, in GB (10^9 bytes).
 PUBLISHED = [
     _published("adapter", 52_000, 4140, 16.20),
     _published("adapter_v2", 52_000, 5160, 16.97),
@@ -89,8 +90,8 @@ class Comparison:
         return self._with_published("seconds_per_1000_samples", lambda mean, row: f"{mean:.3g} s")
 
     def memory_bars(self) -> dict[str, list[Bar]]:
-        """Series → its bars: peak memory of all processes together, GB."""
-        return self._with_published("total_peak_memory_gb", _of_gpus)
+        """Series → its bars: peak memory of all processes together, GiB."""
+        return self._with_published("total_peak_memory_gib", _of_gpus)
 
     def loss_bars(self) -> dict[str, list[Bar]]:
         """Series → its bars: evaluation loss, after and before training."""
@@ -118,7 +119,7 @@ class Comparison:
     def draw_bars(self, folder: Path) -> list[str]:
         """Draw the bar charts; returns their file names."""
         where = "GPUs" if self.on_gpus else "processes"
-        memory = f"peak memory, GB, all {where} together"
+        memory = f"peak memory, GiB, all {where} together"
         loss = "loss on held-out rows (nats per target token)"
         pictures = {
             TIME_PICTURE: (self.time_bars(), "seconds per 1,000 samples", "Training time"),
@@ -151,8 +152,8 @@ class Comparison:
         lines.append(
             "A sample is a row of the data as it was tokenized. The time of the steps leaves out start, "
             "evaluations and saving; that of the whole command has them. The seconds per 1,000 samples are "
-            "of the steps after the first logged interval, in which kernels are compiled. GB and MB are 10^9 "
-            f"and 10^6 bytes; peak memory is {held}."
+            "of the steps after the first logged interval, in which kernels are compiled. Peak memory is "
+            f"{held}."
         )
         if len({row.name for row in self.rows}) < len(self.rows):
             lines += ["", "Of several seeds: the mean (lowest to highest); on the charts, too."]
@@ -239,12 +240,12 @@ def _table(rows: Sequence[Figures], each: str) -> list[str]:
         "over the whole command": ("wall_tokens_per_second", "{:,.0f}".format),
         "s per 1,000 samples": ("seconds_per_1000_samples", "{:.4g}".format),
         "ratio to full": ("time_ratio_to_full", "{:.2f}".format),
-        f"peak GB a {each}": ("peak_memory_gb", "{:.2f}".format),
-        "peak GB in total": ("total_peak_memory_gb", "{:.2f}".format),
+        f"peak GiB a {each}": ("peak_memory_gib", "{:.2f}".format),
+        "peak GiB in total": ("total_peak_memory_gib", "{:.2f}".format),
         "last training loss": ("loss", "{:.4f}".format),
         "evaluation loss before": ("eval_loss_before", "{:.4f}".format),
         "evaluation loss after": ("eval_loss_after", "{:.4f}".format),
-        "on disk, MB": ("disk_bytes", lambda size: f"{size / 1e6:,.2f}"),
+        "on disk": ("disk_bytes", sized),
     }
     groups = _by_name(rows)
     lines = []

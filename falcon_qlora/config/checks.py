@@ -142,8 +142,8 @@ def _faults(values: Values, where: dict[str, str], trains: bool) -> Iterator[str
         excluded = fp8_excludes(kernels=values["kernels"], **method.fp8_facts())
         if excluded is not None and values["compute_dtype"] == "fp8":
             yield f"{name('compute_dtype')}: {excluded}"
-        if values["offload_base"] and trains:
-            yield from _offloading_faults(values, name, method)
+        if trains:
+            yield from _base_faults(values, name, method)
     if trains and values["adapter_sha256"] and not values["adapter"]:
         yield f"{name('adapter_sha256')} is the hash of an adapter's weights: give --adapter too"
     if values["resume"] and values["overwrite"]:
@@ -163,12 +163,17 @@ def _faults(values: Values, where: dict[str, str], trains: bool) -> Iterator[str
         yield f"{name('sample_prompts')} needs --generate_samples, the number of answers to generate"
 
 
-def _offloading_faults(values: Values, name: Callable[[str], str], method: Method) -> Iterator[str]:
-    if method.is_whole:
-        yield f"{name('offload_base')}: --method full trains every weight; give an adapter's method"
+def _base_faults(values: Values, name: Callable[[str], str], method: Method) -> Iterator[str]:
+    """What is wrong with where the base's frozen weights are to lie."""
+    offloaded, shared = values["offload_base"], values["sharding"] == "fsdp" and not method.is_whole
+    if offloaded and method.is_whole:
+        other = "" if values["sharding"] == "zero3" else ", or give an adapter's method"
+        yield f"{name('offload_base')}: --method full trains every weight; drop it{other}"
     elif method.why_base_stays_whole is not None:
-        yield f"{name('offload_base')}: {method.why_base_stays_whole}; drop it, or --use_dora"
-    if values["sharding"] == "fsdp":
+        for wanted, flag in (offloaded, name("offload_base")), (shared, "--sharding fsdp"):
+            if wanted:
+                yield f"{flag}: {method.why_base_stays_whole}; drop it, or --use_dora"
+    if offloaded and values["sharding"] == "fsdp":
         yield f"{name('offload_base')} and --sharding fsdp both say where the base lies; give one of them"
 
 
@@ -263,17 +268,19 @@ def _settle_method(values: Values, laid: Laid) -> None:
     method, of_method = METHODS[values["method"]], _rank(laid, "method")
     if method.needs_16bit and values["quantize_mode"] != "16bit":
         if _rank(laid, "quantize_mode") >= of_method:
+            adapter = ", or train an adapter on the quantized base, such as --method lora"
             raise UserError(
                 f"{laid['quantize_mode'][1].where('quantize_mode')} is {values['quantize_mode']}, but "
-                f"--method {method.name} {method.needs_16bit}: give --quantize_mode 16bit, or train an "
-                "adapter on the quantized base, such as --method lora"
+                f"--method {method.name} {method.needs_16bit}: give --quantize_mode 16bit"
+                + adapter
+                * (values["sharding"] != "zero3")
             )
         values["quantize_mode"] = "16bit"
     if values["sharding"] == "zero3" and not method.is_whole:
-        raise UserError(
-            "--sharding zero3 is for --method full: --sharding fsdp shares out the frozen weights under an "
-            "adapter"
-        )
+        advice = "--sharding fsdp shares out the frozen weights under an adapter"
+        if values["offload_base"] or values["use_dora"]:  # which exclude that
+            advice = "drop it"
+        raise UserError(f"--sharding zero3 is for --method full: {advice}")
     if values["new_tokens"]:
         values["new_tokens"] = named_tokens(values["new_tokens"])  # a run records the tokens, not their file
     own = {each.name: each for each in settings_of(method)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -187,7 +187,14 @@ def told_changed(counts: Mapping[str, int]) -> list[str]:
 
 
 def nothing_left(
-    names: Iterable[str], read_as: str, rows_read: int, accounts: Iterable[Account], told: list[str]
+    names: Sequence[str],
+    read_as: str,
+    rows_read: int,
+    accounts: Iterable[Account],
+    told: list[str],
+    *,
+    use: str = "train on",
+    eval_split: str | None = None,
 ) -> UserError:
     """The error for data of which no row is left.
 
@@ -197,10 +204,16 @@ def nothing_left(
         rows_read: of all.
         accounts: of these rows.
         told: lines of `Account.told`.
+        use: what they are for.
+        eval_split: the value that named these rows as held out, if it did.
     """
     lines = [*(f"dropped: {each}" for each in told_dropped(accounts)), *told]
+    named = ", ".join(names)
+    if eval_split is not None:
+        of = "" if named == eval_split else f" of {named}"
+        named, use = f"--eval_split {eval_split}{of}", "evaluate on"
     return UserError(
-        f"{', '.join(names)}: nothing is left to train on. Rows read ({read_as}): {rows_read:,}",
+        f"{named}: nothing is left to {use}. Rows read ({read_as}): {rows_read:,}",
         *(f"  {line}" for line in lines),
     )
 

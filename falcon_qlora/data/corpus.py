@@ -18,6 +18,7 @@ import datasets
 import numpy as np
 import pyarrow.compute as pc
 
+from falcon_qlora.common.errors import UserError
 from falcon_qlora.data.account import Account, nothing_left, told_dropped
 from falcon_qlora.data.documents import Documents, Tokenizing
 from falcon_qlora.data.formats import read_as
@@ -127,6 +128,7 @@ def prepare_corpora(
     cache_dir: Path | None = None,
     max_rows: int | None = None,
     progress: Callable[[str], None] | None = None,
+    use: str = "train on",
     **rows: Any,
 ) -> tuple[Corpus, Corpus | None]:
     """Tokenize what is not yet cached, and open the training corpus and the held-out one.
@@ -144,13 +146,14 @@ def prepare_corpora(
         cache_dir: of the tokenized documents; None: the user's.
         max_rows: as in `RowSettings.limits`; held-out data that is named is read whole.
         progress: called with a line about each piece of work that takes time.
+        use: what the rows are for, for an error.
         rows: the arguments of `RowSettings`, which decide what documents the rows become.
 
     Returns:
         The training corpus, and the held-out one if `eval_split` asks for it.
 
     Raises:
-        UserError: for data that cannot be found or read, or that leaves nothing to train on.
+        UserError: for data that cannot be found or read, or of which no row is left.
     """
     settings = RowSettings(**rows)
     work = Tokenizing(
@@ -167,11 +170,15 @@ def prepare_corpora(
     everything = np.ones(len(documents.row), bool)
     weights = settings.dataset_weights
     if eval_split is not None and is_fraction(eval_split):
-        held_out = hold_out(documents.status == Status.KEPT, documents.content, float(eval_split), seed)
+        try:
+            held_out = hold_out(documents.status == Status.KEPT, documents.content, float(eval_split), seed)
+        except UserError as error:
+            dropped = told_dropped(part.account for part in parts)
+            raise UserError(*error.lines, *(f"  dropped: {each}" for each in dropped)) from None
         train, part = (_corpus(documents, ~held_out, weights, seed), _corpus(documents, held_out, None, seed))
         # What became of the rows is told of the training corpus, to which every dropped row belongs.
         return train, replace(part, sources=tuple(replace(use, account={}) for use in part.sources))
-    train = _corpus(documents, everything, weights, seed)
+    train = _corpus(documents, everything, weights, seed, use=use)
     if eval_split is None:
         return train, None
     trained = np.unique(documents.content[documents.status == Status.KEPT])
@@ -205,7 +212,8 @@ def _named(work: Tokenizing, eval_split: str) -> tuple[_Joined, Corpus]:
     work = replace(work, settings=replace(work.settings, held_out=True))
     sources = work.settings.held_out_sources(eval_split)
     documents = _joined([work.documents(source, None) for source in sources])
-    return documents, _corpus(documents, np.ones(len(documents.row), bool), None, 0)
+    everything = np.ones(len(documents.row), bool)
+    return documents, _corpus(documents, everything, None, 0, eval_split=eval_split)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,7 +262,15 @@ def _joined(parts: list[Documents]) -> _Joined:
     )
 
 
-def _corpus(documents: _Joined, chosen: np.ndarray, weights: list[float] | None, seed: int) -> Corpus:
+def _corpus(
+    documents: _Joined,
+    chosen: np.ndarray,
+    weights: list[float] | None,
+    seed: int,
+    *,
+    use: str = "train on",
+    eval_split: str | None = None,
+) -> Corpus:
     """A corpus of the chosen documents.
 
     Args:
@@ -262,6 +278,10 @@ def _corpus(documents: _Joined, chosen: np.ndarray, weights: list[float] | None,
         chosen: bool ``[documents]``; a row's documents are all chosen or none.
         weights: as in `RowSettings.dataset_weights`.
         seed: of the draw.
+        use, eval_split: see `nothing_left`.
+
+    Raises:
+        UserError: if no row is left.
     """
     kept = np.flatnonzero(chosen & (documents.status == Status.KEPT))
     drawn, of_epoch = kept, None
@@ -281,6 +301,8 @@ def _corpus(documents: _Joined, chosen: np.ndarray, weights: list[float] | None,
             statistics.rows_read,
             [part.account for part in documents.parts],
             [line for use in uses for line in use.told()],
+            use=use,
+            eval_split=eval_split,
         )
     digest = hashlib.sha256()
     first = 0

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from falcon_qlora.common.errors import UserError
-from falcon_qlora.common.files import free_bytes, is_being_written, replaced_folder, try_to_write
-from falcon_qlora.common.quantities import gib
+from falcon_qlora.common.files import being_written, free_bytes, quoted, replaced_folder, try_to_write
+from falcon_qlora.common.quantities import sized
 from falcon_qlora.common.record_files import CERTIFICATE, PREPARED
 
 
@@ -49,8 +49,10 @@ def check_disk(out: Path, needed: int, kind: Kind = MERGE) -> None:
     if needed > free:
         fewer = ", or make one merge instead of two (--base 16bit or --base dequantized)"
         raise UserError(
-            f"{kind.flag} {out}: the {kind.what} needs {gib(needed)}, only {gib(free)} free. Free space, or "
-            f"name a folder on another disk{fewer if kind is MERGE else ''}"
+            f"{kind.flag} {out}: the {kind.what} needs {sized(needed)}, only {sized(free)} free: "
+            f"{sized(needed - free)} short. Free space, or name a folder on another disk"
+            + fewer
+            * (kind is MERGE)
         )
 
 
@@ -65,8 +67,13 @@ def check_out(out: Path, *, overwrite: bool, kind: Kind = MERGE) -> None:
         try_to_write(out.parent)
     except OSError as error:
         raise UserError(f"{kind.flag} {out}: cannot write there ({error.strerror})") from None
-    if is_being_written(out):
-        raise UserError(f"{kind.flag} {out}: another process is writing this {kind.what}. Wait for it to end")
+    if (found := being_written(out)) is not None:
+        partial, is_sure = found
+        told = ". Wait for it to end"
+        if not is_sure:
+            left = quoted(str(partial))
+            told = f", or was killed at it: if none is at work, remove what is left (rm -r {left})"
+        raise UserError(f"{kind.flag} {out}: another process is writing this {kind.what}{told}")
     if not out.exists():
         return
     if not out.is_dir() or (any(out.iterdir()) and not (out / kind.mark).is_file()):

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from falcon_qlora.common.errors import UserError
-from falcon_qlora.common.quantities import gib
+from falcon_qlora.common.quantities import sized
+from falcon_qlora.processes import ranks
 from falcon_qlora.processes.page_locked import PageLocked
 
 
@@ -33,9 +34,11 @@ class HostCopy:
         try:
             self._blocks = [locked.new(size) for size in sizes]
         except MemoryError as error:
+            of_rank = f"{ranks.named()}: " if ranks.world_size() > 1 else ""
             raise UserError(
-                f"--offload_base: {gib(sum(sizes), 1)} of CPU memory are needed, and {error}: free memory on "
-                "this machine, or raise the limit of locked memory (ulimit -l, or the container's)"
+                f"--offload_base: {of_rank}{sized(sum(sizes), 1)} of CPU memory are needed, and {error}: "
+                "free memory on this machine, or raise the limit of locked memory (ulimit -l, or the "
+                "container's)"
             ) from None
         self._locked = locked
 

@@ -14,7 +14,7 @@ from huggingface_hub.errors import GatedRepoError, HTTPError, RepositoryNotFound
 
 from falcon_qlora.common.errors import UserError, first_line
 from falcon_qlora.common.files import free_bytes
-from falcon_qlora.common.quantities import gib
+from falcon_qlora.common.quantities import sized
 from falcon_qlora.common.untrusted import is_count
 
 _SIDE_FILES = re.compile(
@@ -65,8 +65,8 @@ class Download:
         needed = copies * self.missing_bytes
         if needed > self.free_bytes:
             raise UserError(
-                f"{self.repository} needs {gib(needed, 1)} more in {self.cache}, where "
-                f"only {gib(self.free_bytes, 1)} are free: {gib(needed - self.free_bytes, 1)} short. "
+                f"{self.repository} needs {sized(needed, 1)} more in {self.cache}, where "
+                f"only {sized(self.free_bytes, 1)} are free: {sized(needed - self.free_bytes, 1)} short. "
                 "Free space, or set HF_HOME to a folder on a larger disk"
             )
 

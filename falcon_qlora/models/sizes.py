@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.common.host_memory import free_host_bytes
-from falcon_qlora.common.quantities import gib
+from falcon_qlora.common.quantities import sized
 from falcon_qlora.models.layouts import layout_of
 from falcon_qlora.models.schemes import NF4_BLOCK, NF4_NESTED_BLOCK, QuantizeMode
 
@@ -104,9 +104,9 @@ def check_fits(
     lower = {"16bit": "8bit or 4bit", "8bit": "4bit"}.get(quantize_mode)
     others = [f"--quantize_mode {lower}"] if lower and not fixed else []
     raise UserError(
-        f"The model does not fit: its weights in {quantize_mode} take {gib(weights, 1)}"
-        + (f" and the adapter {gib(adapter, 1)}" if trainable else "")
-        + f", the GPU has {gib(free_bytes, 1)} free: {gib(need - free_bytes, 1)} short. "
+        f"The model does not fit: its weights in {quantize_mode} take {sized(weights, 1)}"
+        + (f" and the adapter {sized(adapter, 1)}" if trainable else "")
+        + f", the GPU has {sized(free_bytes, 1)} free: {sized(need - free_bytes, 1)} short. "
         f"Use {', '.join([*others, *ways, 'a smaller model'])}, or a GPU with more memory free"
     )
 
@@ -136,10 +136,10 @@ def check_host(
     free = free_host_bytes()
     if processes * each <= free:
         return
-    of_all = f", {gib(processes * each, 1)} for the {processes} processes here" if processes > 1 else ""
+    of_all = f", {sized(processes * each, 1)} for the {processes} processes here" if processes > 1 else ""
     raise UserError(
-        f"--offload_base: the blocks' weights in {quantize_mode} take {gib(each, 1)} of CPU memory{of_all}, "
-        f"and {gib(free, 1)} are free: {gib(processes * each - free, 1)} short. Use "
+        f"--offload_base: the blocks' weights in {quantize_mode} take {sized(each, 1)} of CPU memory{of_all}"
+        f", and {sized(free, 1)} are free: {sized(processes * each - free, 1)} short. Use "
         + ("fewer --gpus, " if processes > 1 else "")
         + ("" if fixed or quantize_mode == "4bit" else "--quantize_mode 4bit, ")
         + "a smaller model, or a machine with more memory"

@@ -47,6 +47,11 @@ def is_main_process() -> bool:
     return process_index() == 0
 
 
+def named() -> str:
+    """This process, for messages: ``rank 1 on HOST``."""
+    return f"rank {process_index()} on {socket.gethostname()}"
+
+
 def restart_count() -> int:
     """How often torchrun has restarted this group of processes."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))

@@ -96,7 +96,7 @@ def draw_speed_and_memory(series: Mapping[str, Line], file: Path, *, title: str 
     """Draw tokens/s against peak memory as a PNG; the points of a label are joined.
 
     Args:
-        series: label to GB (10^9 bytes) and tokens/s.
+        series: label to GiB and tokens/s.
         file: the PNG to write.
         title: a line above the chart.
     """
@@ -104,7 +104,7 @@ def draw_speed_and_memory(series: Mapping[str, Line], file: Path, *, title: str 
         return
     height = max(6, drawing.height_of_names(2 * len(series)))
     with picture(file, title=title, names=list(series), width=10, height=height) as (_, axes):
-        axes.set(xlabel="peak memory allocated, GB", ylabel="tokens/s")
+        axes.set(xlabel="peak memory allocated, GiB", ylabel="tokens/s")
         lines = {
             label: (sorted(line.points), PRODUCTS[line.product])
             # The fastest are named first, so that their names are nearest to their points.

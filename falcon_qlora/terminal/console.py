@@ -22,7 +22,7 @@ from rich.text import Text
 
 from falcon_qlora.common.errors import printable
 from falcon_qlora.common.files import quoted
-from falcon_qlora.common.quantities import counted, duration
+from falcon_qlora.common.quantities import GIB, counted, duration, sized
 from falcon_qlora.processes import ranks
 from falcon_qlora.terminal.notebook import in_notebook
 from falcon_qlora.terminal.output import below
@@ -64,6 +64,12 @@ def note(message: str) -> None:
     _say(f"note: {message}", style="yellow")
 
 
+def note_here(message: str) -> None:
+    """As `note`, of this process alone: on any rank, which is named where there are several."""
+    of_rank = f"{ranks.named()}: " if ranks.world_size() > 1 else ""
+    _say(f"note: {of_rank}{message}", style="yellow", here=True)
+
+
 @contextmanager
 def aside() -> Iterator[None]:
     """Within the block, print on standard error: a command's results go to standard output."""
@@ -80,10 +86,10 @@ def say_doing(message: str) -> None:
     _say(f"{message} …", style="dim")
 
 
-def _say(line: str, *, style: str) -> None:
-    """Print a line on the main process, also where a dry run keeps back what a run prints."""
+def _say(line: str, *, style: str, here: bool = False) -> None:
+    """Print a line, on the main process unless `here`, also where a dry run keeps back what a run prints."""
     out = console()
-    kept_back, out.quiet = out.quiet, not ranks.is_main_process()
+    kept_back, out.quiet = out.quiet, not (here or ranks.is_main_process())
     try:
         out.print(Text(printable(line), style=style), soft_wrap=True)
     finally:
@@ -164,7 +170,7 @@ def print_end(
         best = f"best on held-out data {summary['best_eval_loss']:.4g}"
         best += f" at step {summary['best_step']:,}" if summary.get("best_step") is not None else ""
     if peak := summary.get("peak_memory_gib"):
-        memory = f"{peak:.2f} GiB at most on one device"
+        memory = f"{sized(peak * GIB)} at most on one device"
     if tokens := summary.get("micro_batch_tokens"):
         memory = joined(memory, f"micro-batches of {tokens:,} tokens ({summary.get('micro_batch_reason')})")
     if (parts := summary.get("micro_batch_parts", 1)) > 1:

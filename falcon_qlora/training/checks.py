@@ -8,7 +8,6 @@ whole run or of what has happened since its last start.
 from __future__ import annotations
 
 import math
-import socket
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -19,7 +18,7 @@ from torch import nn
 from falcon_qlora.checkpoint import manifest
 from falcon_qlora.checkpoint.adapter_check import WHOLE, Reopened
 from falcon_qlora.common.files import quoted
-from falcon_qlora.common.quantities import counted
+from falcon_qlora.common.quantities import GIB, counted, sized
 from falcon_qlora.data.tokens import COUNTED
 from falcon_qlora.methods.adapter_folder import TENSORS, read_record
 from falcon_qlora.methods.interface import method_of
@@ -69,7 +68,7 @@ def facts(trainer: FalconTrainer, mode: QuantizeMode) -> Facts:
     layout = layout_of(base.config)
     linears = {name: base.get_submodule(name) for name in layout.expected_linears()}
     return Facts(
-        rank=f"rank {ranks.process_index()} on {socket.gethostname()}",
+        rank=ranks.named(),
         unquantized=[
             name
             for name, linear in linears.items()
@@ -252,9 +251,9 @@ def _reopened(reopened: Reopened | None) -> Check:
 
 def _memory(predicted: float | None, measured: float) -> Check:
     if predicted is None:
-        return _not_checked(f"{measured:.2f} GiB used (nothing was predicted)", measured_gib=measured)
+        return _not_checked(f"{sized(measured * GIB)} used (nothing was predicted)", measured_gib=measured)
     ratio = measured / predicted
-    told = f"{measured:.2f} GiB used of {predicted:.2f} predicted ({ratio - 1:+.1%})"
+    told = f"{sized(measured * GIB)} used of {sized(predicted * GIB)} predicted ({ratio - 1:+.1%})"
     return _check(ratio <= 1 + _MEMORY_ABOVE, told, measured_gib=measured, predicted_gib=predicted)
 
 

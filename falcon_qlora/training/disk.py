@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from falcon_qlora.checkpoint.host_copy import copy_bytes
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.common.files import free_bytes
-from falcon_qlora.common.quantities import counted, gib
+from falcon_qlora.common.quantities import counted, sized
 from falcon_qlora.methods.interface import method_of
 from falcon_qlora.models.sharded import is_sharded, local_tensor, whole_bytes
 from falcon_qlora.models.step_memory import embedded_share, optimizer_bytes
@@ -40,9 +40,9 @@ class Needed:
 
     def __str__(self) -> str:
         if not self.checkpoints:
-            return f"{gib(self.bytes)} for the adapter"
-        count = counted(self.checkpoints, "checkpoint")
-        return f"at most {gib(self.bytes)}: {count} of {gib(self.checkpoint_bytes)} at once, and the adapter"
+            return f"{sized(self.bytes)} for the adapter"
+        count = f"{counted(self.checkpoints, 'checkpoint')} of {sized(self.checkpoint_bytes)}"
+        return f"at most {sized(self.bytes)}: {count} at once, and the adapter"
 
 
 def check_disk(
@@ -161,6 +161,6 @@ def _check_room(directory: RunDirectory, needed: int) -> None:
     if needed > free + written:
         where = "Free some" if written else "Name another folder with --output_dir"
         raise UserError(
-            f"{directory}: the run's checkpoints need {gib(needed)}, and only {gib(free)} are free. {where}, "
-            "or keep fewer with --save_total_limit"
+            f"{directory}: the run's checkpoints need {sized(needed)}, and only {sized(free)} are free: "
+            f"{sized(needed - free - written)} short. {where}, or keep fewer with --save_total_limit"
         )

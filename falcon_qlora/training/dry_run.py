@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import shutil
-import socket
 import sys
 import traceback
 from pathlib import Path
@@ -23,7 +22,7 @@ from falcon_qlora.checkpoint import manifest
 from falcon_qlora.checkpoint.write import not_written
 from falcon_qlora.common.errors import UserError, first_line, message_of
 from falcon_qlora.common.files import free_bytes, nearest_existing, temporary_folder
-from falcon_qlora.common.quantities import counted, gib
+from falcon_qlora.common.quantities import GIB, counted, sized
 from falcon_qlora.config import Configuration
 from falcon_qlora.data.batches import Share, StreamingSteps, TrainingSteps
 from falcon_qlora.models.sharded import is_sharded
@@ -96,7 +95,7 @@ class DryRun:
                 return  # it only follows from another process's death
             traceback.print_exception(error, file=sys.stderr)
             told = f"{type(error).__name__}: {first_line(error)}"
-        place = f"rank {ranks.process_index()} on {socket.gethostname()}"
+        place = ranks.named()
         lines = [f"  {label}: {text}" for label, text in self._rows]
         cause, *more = told.removeprefix("error: ").splitlines()
         raise UserError(f"dry run: {place}, {phases.now}: {cause}", *more, *lines) from error
@@ -124,7 +123,7 @@ class DryRun:
         )
 
     def _compare_versions(self) -> None:
-        mine = {f"rank {ranks.process_index()} on {socket.gethostname()}": versions()}
+        mine = {ranks.named(): versions()}
         everyone = {name: each for theirs in agreement.met_by_all(mine) for name, each in theirs.items()}
         first, *others = everyone.items()
         for name, each in others:
@@ -142,7 +141,7 @@ class DryRun:
         free = free_bytes(self.directory.path)
         self._rows += [
             ("data", _told_data(data)),
-            ("disk", f"the run needs {needed}; {gib(free)} are free"),
+            ("disk", f"the run needs {needed}; {sized(free)} are free"),
         ]
         phases.now = "first step"
         if isinstance(data.steps, StreamingSteps):
@@ -193,9 +192,9 @@ class DryRun:
             return
         summary, cut = directory.read("summary"), trainer.cutter.cut
         tokens = max(sum(batch.lengths) for batch in trainer.share.micro_batches)
-        peak = f"{summary['peak_memory_gib']:.2f} GiB at most on one rank"
+        peak = f"{sized(summary['peak_memory_gib'] * GIB)} at most on one rank"
         if summary["predicted_peak_memory_gib"] is not None:
-            peak += f", {summary['predicted_peak_memory_gib']:.2f} predicted"
+            peak += f", {sized(summary['predicted_peak_memory_gib'] * GIB)} predicted"
         done = "forward, backward, optimizer"
         if summary["overflowed_steps"]:
             done = "forward, backward; no optimizer, as a gradient overflowed in float16"
@@ -224,7 +223,7 @@ class DryRun:
         if (wrong := manifest.fault(checkpoint)) is not None:
             raise UserError(f"the checkpoint is not whole after it was written: {wrong}")
         size = sum(file.stat().st_size for file in checkpoint.rglob("*") if file.is_file())
-        told = f"checkpoint ({size / 2**20:.1f} MiB) and adapter written"
+        told = f"checkpoint ({sized(size)}) and adapter written"
         if trainer.args.save_only_model or is_sharded(trainer.model):
             return f"{told}; their checksums are right"
         trainer._load_from_checkpoint(str(checkpoint))

@@ -218,11 +218,12 @@ class Estimator:
         if self.in_fp8 and (excluded := excluded or self.reason_on(None)):
             raise UserError(f"--compute_dtype fp8: {excluded}. Use --compute_dtype auto.")
         self.optim = configuration.trainer["optim"]
-        if configuration.run.sharding == "fsdp" and processes == 1:
+        sharding = configuration.run.sharding
+        if sharding in ("fsdp", "zero3") and processes == 1:
             raise UserError(
-                "--sharding fsdp splits the model over several processes: say of how many by --gpus"
+                f"--sharding {sharding} splits the model over several processes: say of how many by --gpus"
             )
-        if configuration.run.sharding == "zero3":
+        if sharding == "zero3":
             raise UserError("--sharding zero3 is not estimated: fsdp shares out as much")
         self.trainable = trainable_count(method, config)
 

@@ -77,7 +77,8 @@ def held_out_text(configuration: Configuration, tokenizer: Any, run: RunDirector
 
 def rows_of(configuration: Configuration, tokenizer: Any) -> HeldOutText:
     """All rows that ``--dataset_name`` names."""
-    corpus = rows.corpora(configuration.data, tokenizer, seed=configuration.run.seed, eval_split=None)[0]
+    data, seed = configuration.data, configuration.run.seed
+    corpus = rows.corpora(data, tokenizer, seed=seed, eval_split=None, use="evaluate on")[0]
     return HeldOutText(
         dataset=corpus.dataset,
         lengths=corpus.lengths,

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 from transformers import TrainerCallback
 
-from falcon_qlora.common.quantities import duration
+from falcon_qlora.common.quantities import GIB, duration, sized
 from falcon_qlora.processes import ranks
 from falcon_qlora.terminal.console import console, note, print_plain
 from falcon_qlora.terminal.notebook import NotebookProgress, in_notebook
@@ -133,7 +133,7 @@ class ProgressCallback(TrainerCallback):
             told = f" ({by_clock:,.0f} with saves and evaluations)" if 0 < by_clock < 0.98 * speed else ""
             numbers.append(f"{speed:,.0f} tokens/s{told}")
         if shown.get("peak_memory_gib"):
-            numbers.append(f"{shown['peak_memory_gib']:.2f} GiB")
+            numbers.append(sized(shown["peak_memory_gib"] * GIB))
         left = self._seconds_left()
         if left is not None:
             numbers.append(f"{duration(left)} left")

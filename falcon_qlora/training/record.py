@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from falcon_qlora.common.files import write_json
-from falcon_qlora.common.quantities import counted, gib, passes
+from falcon_qlora.common.quantities import counted, passes, sized
 from falcon_qlora.common.record_files import AUTO
 from falcon_qlora.config import Configuration
 from falcon_qlora.config.arguments import RunArguments
@@ -128,7 +128,7 @@ def start_rows(
                 settings.quantize_mode if quantized else "no: 16bit",
                 _quantization(configuration, model),
                 quantized and f"{sizes['quantized_linears']:,} linear layers",
-                f"{gib(weights)} on each device",
+                f"{sized(weights)} on each device",
             ),
         ),
         ("kernels", described(kernels) if kernels else "off: the reference path"),

@@ -61,12 +61,11 @@ def check(configuration: Configuration, config: PreTrainedConfig) -> None:
     Raises:
         UserError: if a model of `config` cannot be sharded that way.
     """
-    if not _wanted(configuration, config):
-        return
-    if shares_out_base(configuration):
-        reason = configuration.method.why_base_stays_whole
-        if reason is not None:
-            raise UserError(f"--sharding fsdp: {reason}; give --sharding none")
+    offloaded, reason = configuration.run.offload_base, configuration.method.why_base_stays_whole
+    elsewhere = offloaded or shares_out_base(configuration)
+    if elsewhere and reason is not None:  # of an adapter to begin from; else the flags were refused
+        raise UserError(f"{'--offload_base' if offloaded else '--sharding fsdp'}: {reason}; drop it")
+    if not _wanted(configuration, config) or elsewhere:
         return
     if is_address(configuration.run.output_dir) and ranks.world_size() > ranks.local_world_size():
         raise UserError(

@@ -9,6 +9,7 @@ import csv
 from pathlib import Path
 
 from falcon_qlora.bench.tables import Row, speed_over_memory
+from falcon_qlora.common.quantities import GB, GIB
 from falcon_qlora.compare.figures import Figures
 from falcon_qlora.compare.report import Comparison
 from falcon_qlora.terminal.charts import draw_speed_and_memory
@@ -41,7 +42,7 @@ def methods(rows: list[Row]) -> Comparison:
             name=row["variant"].removeprefix("compare: "),
             gpus=int(row["gpus"]),
             seconds_per_1000_samples=1000 / float(row["note"].partition(" ")[0]),
-            total_peak_memory_gb=float(row["peak_reserved_gb"]),
+            total_peak_memory_gib=float(row["peak_reserved_gb"]) * GB / GIB,
         )
         for row in rows
         if row["commit"] == COMPARED

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -193,7 +194,13 @@ def test_memory_that_is_not_locked_is_told_once_and_saves_as_well(
     copies, tree = host_copy.HostCopies(), [torch.arange(100), torch.arange(200)]
     copies.reserve([1600])
     assert all(torch.equal(one, other) for one, other in zip(copies.take(tree), tree, strict=True))
-    assert capsys.readouterr().out.count("refused; the GPU waits for each copy") == 1
+    told = "memory for copies of what is saved: refused; the GPU waits for each copy"
+    assert capsys.readouterr().out == f"note: {told}\n"
+    # On any rank, which has memory of its own.
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    host_copy.HostCopies().take(tree)
+    assert capsys.readouterr().out == f"note: rank 1 on {socket.gethostname()}: {told}\n"
 
 
 def test_saves_that_come_faster_than_they_are_written_are_all_made(

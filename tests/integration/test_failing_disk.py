@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from falcon_qlora.checkpoint import insist, write
+from falcon_qlora.checkpoint.content import Filling
 from falcon_qlora.methods.lora import Lora
 from falcon_qlora.run_folder.directory import RunDirectory
 from tests.integration.interrupted import NEVER_SAVING, ROWS, SETTINGS, at_work, run
@@ -93,6 +94,19 @@ def test_an_adapter_that_cannot_be_written_is_by_going_on(
         whole, kept = (load_file(path / weights) for path in (folder / "adapter", processes.folder / last))
         assert whole.keys() == kept.keys()
         assert all(torch.equal(whole[name], kept[name]) for name in kept)
+
+
+def test_a_state_that_cannot_be_written_is_told_with_its_file_and_the_systems_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(OSError, match="full: No space left on device") as failed:
+        write.save({"state": torch.zeros(99)}, Path("/dev/full"))
+    assert failed.value.errno == errno.ENOSPC
+    monkeypatch.setattr(Filling, "fill", within(iter([6_000_000]), Filling.fill))  # the adapter, no more
+    fine_tune(tmp_path, save_steps=2)
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
+    failed_save = "note: step 2: the checkpoint could not be saved (optimizer.pt: File too large)"
+    assert told == [f"{failed_save}. The training goes on until the next save"]
 
 
 def test_a_save_that_does_not_begin_leaves_the_adapter_as_it_is_now(

@@ -18,8 +18,9 @@ from falcon_qlora.bench.documents import made_up, same_rows
 from falcon_qlora.bench.machine import Machine
 from falcon_qlora.bench.measure import Result
 from falcon_qlora.bench.runners import Settings, build
-from falcon_qlora.bench.tables import ratio_interval, rows_of_steps, speed_over_memory
+from falcon_qlora.bench.tables import ratio_interval, rows_of_steps, speed_over_memory, steps_in_markdown
 from falcon_qlora.bench.variants import VARIANTS
+from falcon_qlora.common.quantities import GIB
 from falcon_qlora.models.layouts import layout_of
 from falcon_qlora.models.load import load_model
 from falcon_qlora.models.locate import open_checkpoint
@@ -143,12 +144,18 @@ def test_a_picture_has_a_point_for_each_row_with_figures(tmp_path: Path) -> None
     ]
     made = rows_of_steps(results, MACHINE, {})
     made.append({**made[0], "variant": "stock"})
+    # The records have GB, people get GiB.
+    assert {row["peak_allocated_gb"] for row in made} == {10.0, ""}
+    gib = 10e9 / GIB
     assert speed_over_memory(made) == {
-        "reference": ("reference", [(10.0, 100)]),
-        "ours": ("bf16", [(10.0, 200), (10.0, 220)]),
-        "ours-8bit-fp8": ("FP8", [(10.0, 300)]),
-        "stock": ("other tools", [(10.0, 100)]),
+        "reference": ("reference", [(gib, 100)]),
+        "ours": ("bf16", [(gib, 200), (gib, 220)]),
+        "ours-8bit-fp8": ("FP8", [(gib, 300)]),
+        "stock": ("other tools", [(gib, 100)]),
     }
+    header, _, first = steps_in_markdown(made).splitlines()[2:5]
+    cells = dict(zip(header.split(" | "), first.split(" | "), strict=True))
+    assert cells["peak GiB allocated"] == "9.31"
     assert made[1]["tflops_4n"] == pytest.approx(4 * 7e9 * 200 / 1e12)
     draw_speed_and_memory(speed_over_memory(made), tmp_path / "picture.png")
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import math
 import os
 import pwd
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -13,10 +15,11 @@ import pytest
 
 from falcon_qlora.common.errors import UserError, first_line, message_of, one_line, reason_of
 from falcon_qlora.common.files import replaced_folder, temporary_files, user_cache, write_json, write_text
-from falcon_qlora.common.quantities import counted, gib, passes
+from falcon_qlora.common.quantities import counted, passes, sized
 from falcon_qlora.common.record_files import check_format
 from falcon_qlora.common.untrusted import is_count, is_number
 from falcon_qlora.data.cache import entry
+from falcon_qlora.merge.out import check_out
 from tests.integration.runs import room_for
 
 
@@ -80,9 +83,35 @@ def test_a_write_that_fails_is_told_with_its_file(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == []
 
 
+def test_where_nothing_can_be_locked_what_a_killed_merge_left_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    with (
+        replaced_folder(out) as partial,
+        pytest.raises(UserError, match=r"is writing this merge\. Wait for it to end$"),
+    ):
+        check_out(out, overwrite=True)
+    shutil.rmtree(out)
+
+    def no_locks(handle: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    partial.mkdir()  # as it is after a SIGKILL
+    with monkeypatch.context() as patched:
+        patched.setattr(fcntl, "flock", no_locks)
+        with pytest.raises(UserError, match=rf"or was killed at it: if none .* \(rm -r {partial}\)$"):
+            check_out(out, overwrite=False)
+    check_out(out, overwrite=False)  # with locks it is known to be left, and removed
+    assert [*tmp_path.iterdir()] == []
+
+
 def test_quantities_carry_their_units() -> None:
-    assert gib(3 * 2**29) == "1.50 GiB"
-    assert gib(2**30, 1) == "1.0 GiB"
+    assert sized(3 * 2**29) == "1.50 GiB"
+    assert sized(2**30, 1) == "1.0 GiB"
+    assert sized(2**30 / 10) == "0.10 GiB"
+    assert [sized(0.09 * 2**power) for power in (30, 20, 10)] == ["92.2 MiB", "92.2 KiB", "92 bytes"]
+    assert [sized(count) for count in (0, 1)] == ["0 bytes", "1 byte"]
     assert counted(1, "GPU") == "1 GPU"
     assert counted(2000, "process", "processes") == "2,000 processes"
 

@@ -20,7 +20,7 @@ from falcon_qlora.config import parse
 from falcon_qlora.data.corpus import Corpus, prepare_corpora, prepare_held_out
 from falcon_qlora.data.templates import Segment
 from falcon_qlora.data.tokens import Document, Encoder, Status
-from falcon_qlora.training.held_out import held_out_text
+from falcon_qlora.training.held_out import held_out_text, rows_of
 from tests.small_tokenizer import END, small_tokenizer
 
 _ABOVE = [folder / "shared" / "data" for folder in Path(__file__).resolve().parents]
@@ -236,6 +236,25 @@ def test_what_is_not_read_or_lacking_is_counted_and_told_from_the_cache_too(tmp_
     told = r"(?s)nothing is left.*: 1\n  dropped: 1 \(lacks instruction, output; first: .*b.jsonl:1\)$"
     with pytest.raises(UserError, match=told):
         prepare(tmp_path, write(tmp_path / "b.jsonl", [{"instruction": None, "output": None}]))
+
+
+def test_held_out_rows_of_which_none_is_left_are_told_by_their_name(tmp_path: Path) -> None:
+    good = write(tmp_path / "a.jsonl", [{"prompt": f"a{each}", "completion": "b"} for each in range(3)])
+    empty = write(tmp_path / "held.jsonl", [{"prompt": "a", "completion": ""}] * 2)
+    dropped = rf"nothing is left to evaluate on\. Rows read .*: 2\n  dropped: 2 .empty.*{empty}:1"
+    with pytest.raises(UserError, match=f"(?s)^--eval_split {empty}: {dropped}"):
+        prepare(tmp_path, good, eval_split=empty)
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    for name, source in {"train": good, "test": empty}.items():
+        (folder / f"{name}.jsonl").write_text(Path(source).read_text())
+    with pytest.raises(UserError, match=f"^--eval_split split:test of {folder}: nothing is left to evaluate"):
+        prepare(tmp_path, str(folder), eval_split="split:test")
+    with pytest.raises(UserError, match=r"needs at least 2 different rows, found 0\n  dropped: 2 .empty"):
+        prepare(tmp_path, empty, eval_split="0.5")
+    asked = parse(["-m", "tiny", "--dataset_name", empty, "--cache_dir", str(tmp_path / "cache")])
+    with pytest.raises(UserError, match=f"^{empty}: nothing is left to evaluate on"):
+        rows_of(asked, small_tokenizer())
 
 
 def test_the_first_token_of_a_document_counts_as_no_target(tmp_path: Path) -> None:

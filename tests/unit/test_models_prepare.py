@@ -63,6 +63,27 @@ def test_sizes_come_first_and_weights_last_and_the_tokens_are_cached(steps, tmp_
     assert "HF_HUB_OFFLINE=1" in said
 
 
+READY = "ready: the same flags now train without a network (HF_HUB_OFFLINE=1)"
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        ("", READY),
+        ("--gpus 2 --lora_r 4", f"{READY}, if train takes --gpus, --lora_r: not looked at here"),
+        ("--streaming --max_steps 1", READY),
+        (
+            "--streaming --max_steps 1 --eval_split some/rows",
+            READY.partition("without")[0]
+            + "with the rows of some/rows from the hub, which needs the network",
+        ),
+    ],
+)
+def test_it_promises_no_more_than_it_has_looked_at(steps, tmp_path, capsys, more, told):
+    assert prepare.main([*flags(tmp_path), *more.split()]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == told
+
+
 def test_a_disk_too_small_stops_it_before_anything_is_fetched(steps, tmp_path):
     steps.free = 2 * GIB
     with pytest.raises(UserError, match=r"some/falcon needs 3\.0 GiB.*1\.0 GiB short"):

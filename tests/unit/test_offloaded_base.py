@@ -13,15 +13,17 @@ import torch
 
 from falcon_qlora import config
 from falcon_qlora.common.errors import UserError
+from falcon_qlora.methods.lora import Lora
 from falcon_qlora.models import sizes, streamed_base
 from falcon_qlora.models.activations import Checkpointing
 from falcon_qlora.models.host_base import HostCopy
 from falcon_qlora.models.layouts import layout_of
+from falcon_qlora.models.locate import find_config
 from falcon_qlora.models.quantize import stored
 from falcon_qlora.models.sizes import stored_bytes, weight_bytes
 from falcon_qlora.models.streamed_base import held_for_good, replicated, streamed_base_of
 from falcon_qlora.processes import agreement, ranks
-from falcon_qlora.training import preflight
+from falcon_qlora.training import preflight, sharding
 from falcon_qlora.training.sharding import ways_to_take_less
 from tests.integration.shared_out import BLOCKS, CASES, computing, difference, made, one_pass
 from tests.layouts import documents
@@ -255,6 +257,14 @@ def test_a_base_that_cpu_memory_does_not_hold_as_often_as_processes_need_it_is_r
 def test_what_needs_the_whole_base_on_the_device_is_refused_by_name(words: str, told: str) -> None:
     with pytest.raises(UserError, match=told):
         config.parse(["-m", "tiny", "--dataset_name", "sample", "--offload_base", *words.split()])
+
+
+@pytest.mark.parametrize("flag", ["--offload_base", "--sharding fsdp"])
+def test_an_adapter_to_begin_from_that_needs_the_whole_base_is_refused(flag: str) -> None:
+    asked = config.parse(["-m", "tiny", "--dataset_name", "sample", *flag.split()])
+    asked.method = Lora(use_dora=True)  # as it is adopted from the adapter
+    with pytest.raises(UserError, match=f"^{flag}: DoRA reads every weight .*; drop it$"):
+        sharding.check(asked, find_config("tiny"))
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from falcon_qlora.common.errors import UserError
 from falcon_qlora.models.host_base import HostCopy
 from falcon_qlora.processes.page_locked import PageLocked
 
@@ -68,6 +70,20 @@ def test_memory_is_unlocked_before_it_goes_on_the_gpu_it_was_locked_for(runtime:
     gc.collect()
     assert runtime.unlocked == [(True, 1)] * 2
     assert not runtime.locked
+
+
+def test_a_base_that_cannot_be_locked_is_told_with_the_rank(
+    runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime.status = 2
+    with pytest.raises(
+        UserError, match=r"^--offload_base: 64\.0 MiB of CPU memory are needed, and it cannot"
+    ):
+        HostCopy([2**25, 2**25], GPU)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match=rf"^--offload_base: rank 1 on {socket.gethostname()}: 64\.0 MiB"):
+        HostCopy([2**25, 2**25], GPU)
 
 
 def test_what_is_locked_outlives_the_tensor(runtime: Runtime) -> None:

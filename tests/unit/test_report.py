@@ -116,17 +116,17 @@ def test_the_table_says_what_the_runs_did(comparison: Comparison) -> None:
         "over the whole command": "27",
         "s per 1,000 samples": "62.5",
         "ratio to full": "0.25",
-        "peak GB a GPU": "10.00",
-        "peak GB in total": "10.00",
+        "peak GiB a GPU": "9.31",
+        "peak GiB in total": "9.31",
         "last training loss": "1.0000",
         "evaluation loss before": "3.0000",
         "evaluation loss after": "1.5000",
-        "on disk, MB": "2.50",
+        "on disk": "2.4 MiB",
     }
-    assert [found["full"][title] for title in ("GPUs", "ratio to full", "peak GB in total")] == [
+    assert [found["full"][title] for title in ("GPUs", "ratio to full", "peak GiB in total")] == [
         "2",
         "1.00",
-        "20.00",
+        "18.63",
     ]
     for line in (r"lora was not run: out of memory \| here", "- full: `train full`"):
         assert line in comparison.markdown().split("\n")
@@ -154,7 +154,7 @@ def test_of_several_seeds_there_are_the_mean_and_what_it_lies_between(tmp_path: 
 
 
 def test_the_published_bars(comparison: Comparison) -> None:
-    # 1:09 h for 52,000 and 8:52 h for 300,000; 6 GPUs of 39.45 GB.
+    # 1:09 h for 52,000 and 8:52 h for 300,000; 6 GPUs of 39.45 GB, of 10^9 bytes.
     of_time, of_memory = (
         bars()["June 2023, A100"] for bars in (comparison.time_bars, comparison.memory_bars)
     )
@@ -162,9 +162,9 @@ def test_the_published_bars(comparison: Comparison) -> None:
         {"adapter": 79.615, "lora": 79.615, "full": 106.4}, rel=1e-4
     )
     assert {bar.label: (bar.height, bar.text) for bar in of_memory} == {
-        "adapter": (16.20, "16.20"),
-        "lora": (16.27, "16.27"),
-        "full": (pytest.approx(236.7), "6 × 39.45"),
+        "adapter": (pytest.approx(16.20e9 / GIB), "15.09"),
+        "lora": (pytest.approx(16.27e9 / GIB), "15.15"),
+        "full": (pytest.approx(236.7e9 / GIB), "6 × 36.74"),
     }
 
 
@@ -188,7 +188,7 @@ def test_the_pictures_show_what_the_table_says(
         for series, series_table in measured.items()
     }
     titles |= {
-        ("memory-requirements.png", series): ("peak GB in total", series_table)
+        ("memory-requirements.png", series): ("peak GiB in total", series_table)
         for series, series_table in measured.items()
     }
     titles["evaluation-loss.png", "after training"] = "evaluation loss after", table(ours)
@@ -226,7 +226,7 @@ def test_the_files_hold_the_same(comparison: Comparison, tmp_path: Path) -> None
     assert float(rows[0]["seconds"]) == pytest.approx(5.5)
     assert rows[0]["disk_bytes"] == "2500000"
     assert rows[1]["reason"] == "out of\nmemory | here"
-    assert float(rows[2]["total_peak_memory_gb"]) == pytest.approx(20)
+    assert float(rows[2]["total_peak_memory_gib"]) == pytest.approx(20e9 / GIB)
     for path in written[2:]:
         assert path.read_bytes().startswith(b"\x89PNG")
 
@@ -238,7 +238,7 @@ def test_other_models_have_no_published_figures(comparison: Comparison) -> None:
     environment = other.compared[0].folder / "environment.json"
     environment.write_text(json.dumps({"gpus": []}))
     again = Comparison(title="two", compared=other.compared)
-    assert "peak GB a process" in again.markdown()
+    assert "peak GiB a process" in again.markdown()
 
 
 def test_runs_are_compared_that_have_no_summary_and_that_are_of_before(
