@@ -69,7 +69,7 @@ def split_columns(matrix: Tensor, scales: Tensor, divisors: Tensor, out: Tensor,
     if rows and columns:
         _split_columns[(triton.cdiv(rows, _SPLIT_ROWS),)](
             matrix, scales, divisors, out, *matrix.stride(), scales.stride(0), out.stride(0), rows, rank,
-            columns, LOW_LAST=low_last, ROWS=_SPLIT_ROWS, RANK=triton.next_power_of_2(rank),
+            columns, LOW_LAST=low_last, ROWS=_SPLIT_ROWS, RANK=triton.next_power_of_2(rank), num_warps=4,
         )  # fmt: skip
 
 

@@ -149,7 +149,7 @@ def fp8_variants(capability: int) -> Iterator[tuple[JITFunction, dict[str, Any]]
         for bounded in (False, True):
             yield fp8_quantize._quantize_rows, {"LEAST": bounded, **fp8_quantize._row_options(features)}
     for low_last in (False, True):
-        options = {"ROWS": fp8_quantize._SPLIT_ROWS, "RANK": 64}
+        options = {"ROWS": fp8_quantize._SPLIT_ROWS, "RANK": 64, "num_warps": 4}
         yield fp8_quantize._split_columns, {"LOW_LAST": low_last, **options}
     for kernel in (fp8_swiglu._swiglu, fp8_swiglu._swiglu_backward):
         yield kernel, fp8_swiglu._options(23040)
