@@ -11,7 +11,8 @@ from falcon_qlora.processes import devices
 from falcon_qlora.training.cards import MEASURED
 from falcon_qlora.training.estimate import Estimate
 
-LIBRARIES = "pip install 'falcon-qlora[kernels]' ({} times)"
+_INSTALL = "pip install 'falcon-qlora[kernels]'"
+LIBRARIES, LIBRARIES_IN_FP8 = f"{_INSTALL} (1.05 times)", f"{_INSTALL} (1.08 times)"
 FP8 = "--compute_dtype fp8 (1.4 times, with coarser gradients)"
 
 
@@ -28,7 +29,7 @@ def speed_note(configuration: Configuration, model: Any, estimate: Estimate | No
         return None
     in_fp8, faster = settings.compute_dtype == "fp8", []
     if settings.kernels in ("auto", "required") and missing_libraries(model, device, fp8_products=in_fp8):
-        faster.append(LIBRARIES.format("1.08" if in_fp8 else "1.05"))
+        faster.append(LIBRARIES_IN_FP8 if in_fp8 else LIBRARIES)
     if settings.kernels != "off" and not in_fp8 and may_run_in_fp8(model, device):
         faster.append(FP8)
     return told(estimate, faster)

@@ -20,7 +20,7 @@ from falcon_qlora.processes import devices
 from falcon_qlora.training.batch_tokens import estimate_here
 from falcon_qlora.training.cards import CARDS, MEASURED, card_of
 from falcon_qlora.training.estimate import Estimate, Estimator
-from falcon_qlora.training.speed_note import FP8, LIBRARIES, speed_note, told
+from falcon_qlora.training.speed_note import FP8, LIBRARIES, LIBRARIES_IN_FP8, speed_note, told
 from tests.unit.test_fast_path import adapted
 
 BOTH = [FLASH_ATTENTION_4, QUACK]
@@ -64,8 +64,8 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
         ((9, 0), "falcon-7b", "", BOTH, [FP8]),
         ((9, 0), "falcon-7b", "--kernels portable", [], [FP8]),
         ((9, 0), "falcon-7b", "--kernels off", [], []),
-        ((9, 0), "falcon-7b", "--compute_dtype fp8", [], [LIBRARIES]),
-        ((9, 0), "falcon-7b", "--compute_dtype fp8", [FLASH_ATTENTION_4], [LIBRARIES]),
+        ((9, 0), "falcon-7b", "--compute_dtype fp8", [], [LIBRARIES_IN_FP8]),
+        ((9, 0), "falcon-7b", "--compute_dtype fp8", [FLASH_ATTENTION_4], [LIBRARIES_IN_FP8]),
         ((9, 0), "falcon-7b", "--compute_dtype fp8", BOTH, []),
         ((10, 0), "falcon-7b", "--compute_dtype fp8", [FLASH_ATTENTION_4], []),  # GELU has its own kernels
         ((9, 0), "falcon3", "", [], [FP8]),  # neither heads of 32 nor SwiGLU have any in libraries
