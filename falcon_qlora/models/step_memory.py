@@ -29,6 +29,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING, Literal
 
@@ -100,18 +101,29 @@ class Step:
         That is in the head, when the forward pass is done and all activations are kept, or in a block's
         backward pass.
         """
-        kept = self.tokens * sum(count * self._kept(each) for each, count in Counter(blocks).items())
+        counts = Counter(blocks)
+        key = frozenset(counts.items())
+        if key not in self._found:  # asked again for every card
+            self._found[key] = self._add_up(counts)
+        return dict(self._found[key])
+
+    @cached_property
+    def _found(self) -> dict[frozenset[tuple[Checkpointing, int]], dict[str, int]]:
+        return {}
+
+    def _add_up(self, blocks: Counter[Checkpointing]) -> dict[str, int]:
+        kept = self.tokens * sum(count * self._kept(each) for each, count in blocks.items())
         if self.in_fp8:
             kept *= 1 + _FP8_ROUNDING
         gradients = self.trainable * self.trainable_bytes
-        working = self.tokens * max(sum(self.working_values(each)) for each in set(blocks)) * self.value_bytes
+        working = self.tokens * max(sum(self.working_values(each)) for each in blocks) * self.value_bytes
         in_block = {"activations": kept, "gradients": gradients, "block at work": working}
-        in_head = {"activations": kept, "gradients": gradients, "head at work": self._head()}
+        in_head = {"activations": kept, "gradients": gradients, "head at work": self._head}
         if not self.gradients_stay:  # they come as activations go
             in_block["gradients"], in_head["gradients"] = max(gradients - kept, 0), 0
         fullest = max(in_block, in_head, key=lambda parts: sum(parts.values()))
         fullest |= {
-            "dequantized weights": self._weights(),
+            "dequantized weights": self._weights,
             "optimizer": self.trainable * self.optimizer_bytes,
             "gathered": self.gathered,
             "workspaces": _UNCOUNTED_BYTES,
@@ -156,7 +168,7 @@ class Step:
         """
         if self.fast and self._sequential:
             return self._sequential_working_values(checkpointing)
-        hidden, fused, wide, rank = self._sizes()
+        hidden, fused, wide, rank = self._sizes
         projected = fused + wide + rank
         joined = hidden + wide
         # With dropout, GELU's output is beside its gradient rather than in its place, and so is its
@@ -172,9 +184,9 @@ class Step:
         if not self.fast:  # the whole block is run again and all of it kept
             return inputs, projected + self._all_of_a_block(), joined + max(hidden + rank, attention)
         rest = hidden + max(joined + at_gelu, hidden + attention)
-        return inputs, projected, rest + self._products_kept()
+        return inputs, projected, rest + self._products_kept
 
-    @property
+    @cached_property
     def _sequential(self) -> bool:
         return layout_of(self.config).residuals == 2
 
@@ -184,7 +196,7 @@ class Step:
         The peak is in the feed-forward layer's backward pass or in attention's, whose gradients take as much
         as in a parallel block, or in that of a mixer beside it.
         """
-        hidden, fused, wide, _ = self._sizes()
+        hidden, fused, wide, _ = self._sizes
         layout = layout_of(self.config)
         attended, joined = layout.linear_shapes()[layout.output_projection][1], wide // 2
         of_fused, of_wide = fused + len(layout.attention_inputs) * self.lora_rank, wide + 2 * self.lora_rank
@@ -198,6 +210,7 @@ class Step:
         projected, rest = max(feed_forward, (of_fused, at_attention), key=sum)
         return 3 * hidden if checkpointing == "offload" else hidden, projected, rest
 
+    @cached_property
     def _sizes(self) -> tuple[int, int, int, int]:
         """Hidden size, widths of attention's and feed-forward's input projections, a group's LoRA columns."""
         layout = layout_of(self.config)
@@ -223,27 +236,30 @@ class Step:
 
     def _kept_fast(self, checkpointing: Checkpointing) -> float:
         """Bytes per token that a fast block keeps: input, projections, attention's output and LoRA's t."""
-        hidden, fused, wide, rank = self._sizes()
+        hidden, fused, wide, rank = self._sizes
         if self.fast and self._sequential:  # the inputs of both, and a t for each linear
             layout = layout_of(self.config)
             values = 2 * hidden + fused + layout.mixed + (len(layout.linears) - 2) * self.lora_rank
             values += wide + 2 * self.lora_rank if checkpointing == "none" else 0
         else:
             values = 2 * hidden + fused + 2 * rank + (wide if checkpointing == "none" else 0)
-        values += self._products_kept()
+        values += self._products_kept
         return values * self.value_bytes + 4 * self.config.num_attention_heads
 
+    @cached_property
     def _products_kept(self) -> int:
         """Values per token of dense's and 4h_to_h's outputs, which the gradients of their scales need."""
         return 2 * self.config.hidden_size if self.scaled else 0
 
+    @cached_property
     def _weights(self) -> int:
         """Bytes of one group's dequantized weights and its LoRA: see `kernels.frozen_linear`."""
-        hidden, fused, wide, rank = self._sizes()
+        hidden, fused, wide, rank = self._sizes
         shared = layout_of(self.config).norms_per_block == 1
         into = (fused + wide if shared else wide) * hidden
         return int(max(into, (hidden + wide) * hidden) + rank * (hidden + wide)) * self.value_bytes
 
+    @cached_property
     def _head(self) -> int:
         """Bytes that the head needs: three hidden-size tensors, some logits, the weight's gradient."""
         logits = min(self.tokens, LOGIT_TOKENS) * self.config.vocab_size * self.value_bytes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -226,6 +227,7 @@ class Estimator:
         if sharding == "zero3":
             raise UserError("--sharding zero3 is not estimated: fsdp shares out as much")
         self.trainable = trainable_count(method, config)
+        self._step = functools.cache(self._step_of)  # the same on every card of a kind
 
     def largest(self, card: Card, checkpointing: Checkpointing) -> int:
         """The most sequences of a micro batch that fit, where all blocks do the same; 0: none does."""
@@ -293,19 +295,7 @@ class Estimator:
         count = micro_batches_of(run, tokens=cut, max_length=length, processes=self.processes)
         of_step = math.ceil(global_batch(run, self.processes) / self.processes) * length if tokens else cut
         evenly = min(cut, math.ceil(of_step / count)) if tokens else cut
-        step = step_of(
-            self.config,
-            method,
-            tokens=min(cut, of_step),
-            micro_batches=count,
-            optimizer=optim,
-            fast=fast,
-            in_fp8=self.in_fp8,
-            value_bytes=value_bytes,
-            trainable=self.trainable // parts,
-            processes=self.processes,
-            is_sharded=sharded,
-        )
+        step = self._step(min(cut, of_step), count, optim, fast, value_bytes, sharded)
         stored: dict[str, Any] = {
             "double_quantization": settings.double_quantization,
             "compute_bytes": value_bytes,
@@ -347,6 +337,23 @@ class Estimator:
             step_bytes=step.bytes(blocks) + kept,
             host_bytes=on_host,
             passes=time.passes(known) if known is not None and on_host else None,
+        )
+
+    def _step_of(
+        self, tokens: int, micro_batches: int, optim: str, fast: bool, value_bytes: int, is_sharded: bool
+    ) -> Step:
+        return step_of(
+            self.config,
+            self.configuration.method,
+            tokens=tokens,
+            micro_batches=micro_batches,
+            optimizer=optim,
+            fast=fast,
+            in_fp8=self.in_fp8,
+            value_bytes=value_bytes,
+            trainable=self.trainable // (self.processes if is_sharded else 1),
+            processes=self.processes,
+            is_sharded=is_sharded,
         )
 
     def shares_out(self, card: Card | None) -> bool:

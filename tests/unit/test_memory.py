@@ -112,7 +112,7 @@ def test_the_head_has_as_many_rows_of_logits_at_a_time_as_are_counted(
         for words in (1000, 2000)
     )
     # In bfloat16; Triton's kernel replaces them by their gradient.
-    assert more._head() - few._head() == max(rows) * 1000 * 2
+    assert more._head - few._head == max(rows) * 1000 * 2
 
 
 def parts_of_the_smallest(one: Step) -> list[int]:
@@ -121,7 +121,7 @@ def parts_of_the_smallest(one: Step) -> list[int]:
     at_work = [int(each * one.tokens * one.value_bytes) for each in one.working_values("offload")]
     trained = one.trainable_bytes * one.trainable
     weights = weight_bytes(one.config, "4bit") - embedding
-    return [weights, embedding, trained, trained, one._weights(), *at_work, _UNCOUNTED_BYTES]
+    return [weights, embedding, trained, trained, one._weights, *at_work, _UNCOUNTED_BYTES]
 
 
 @pytest.mark.parametrize(("name", "goal_gb"), [("falcon-7b", 7.0), ("falcon-40b", 32.0)])
