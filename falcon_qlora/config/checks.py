@@ -90,7 +90,7 @@ def settle(values: Values, laid: Laid) -> None:
         try:
             part(values, laid)
         except UserError as error:
-            faults.append(str(error))
+            faults += error.lines
     refuse(faults)
     if _rank(laid, "logging_steps") < 1 and 1 <= values["max_steps"] <= EVERY_STEP_UP_TO:
         values["logging_steps"] = 1
@@ -289,9 +289,13 @@ def _settle_method(values: Values, laid: Laid) -> None:
             mine, other = _rank(laid, name), _rank(laid, each.alternative)
             if mine != other:
                 values[name if other > mine else each.alternative] = None
-    for name, (_, layer) in laid.items():
-        if layer.origin == FLAG and name in method_settings() and name not in own:
-            raise UserError(f"--{name} does nothing with --method {method.name}: drop it")
+    idle = [
+        f"--{name} does nothing with --method {method.name}: drop it"
+        for name, (_, layer) in laid.items()
+        if layer.origin == FLAG and name in method_settings() and name not in own
+    ]
+    if idle:
+        raise UserError(*idle)
 
 
 def _settle_checkpointing(values: Values, laid: Laid) -> None:

@@ -41,6 +41,10 @@ def write(path: Path, **settings: object) -> str:
         (["--method", "full", "-q", "4bit"], ["--quantize_mode is 4bit", "cannot take a step"]),
         (["--recipe", "lit-full", "-q", "8bit"], ["--quantize_mode is 8bit", "--method lora"]),
         (["--method", "adapter", "--lora_r", "8"], ["--lora_r does nothing with --method adapter"]),
+        (
+            ["--method", "adapter", "--lora_r", "8", "--use_dora"],
+            ["2 things to mend", "--lora_r does nothing", "--use_dora does nothing"],
+        ),
         (["--adapter_first_block", "1"], ["--adapter_first_block does nothing with --method lora"]),
         (["--lora_slices", "querry"], ["did you mean query?"]),
         (["-q", "5bit"], ["-q: '5bit' is not one of 4bit, 8bit, 16bit"]),
