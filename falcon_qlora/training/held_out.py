@@ -69,7 +69,7 @@ def held_out_text(configuration: Configuration, tokenizer: Any, run: RunDirector
     recorded = data_record(run).get("held_out")
     notes = (*rows.what_became(corpus), *unused)
     if is_fraction(split):
-        told = f"the run was trained on some of the {source}; --eval_split FILE names others"
+        told = f"--eval_split {split}: the run was trained on some of these rows; a FILE there names others"
         notes = (told,) if _were_trained_on(configuration, run) else ()
     return HeldOutText(
         dataset=corpus.dataset,

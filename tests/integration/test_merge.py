@@ -611,4 +611,4 @@ def test_eval_tells_where_the_run_was_trained_on_rows_of_the_share(run, words, t
     """A smaller share of the same draw lies in the run's own, 0.25."""
     flags = ["--adapter", str(run), "--most_tokens", "64", "--eval_split", *words.split()]
     assert cli.main(["eval", *flags]) == 0
-    assert ("note: the run was trained on some of the" in capsys.readouterr().err) == told
+    assert ("the run was trained on some of these rows" in capsys.readouterr().err) == told
