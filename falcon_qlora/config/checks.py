@@ -320,10 +320,10 @@ def _settle_batch(values: Values, laid: Laid) -> None:
     batch, steps = _rank(laid, "global_batch_size"), _rank(laid, "gradient_accumulation_steps")
     if values["global_batch_size"] is not None and steps >= 1:
         if batch == steps and laid["gradient_accumulation_steps"][0] is not None:
-            raise UserError(
-                f"{laid['global_batch_size'][1].where('global_batch_size')} and gradient_accumulation_steps "
-                "both set the size of a step; give one of them"
+            both = (
+                laid[each][1].where(each) for each in ("global_batch_size", "gradient_accumulation_steps")
             )
+            raise UserError(f"{' and '.join(both)} both set the size of a step; give one of them")
         if steps > batch:
             values["global_batch_size"] = None
     if values["global_batch_size"] is not None:

@@ -58,6 +58,10 @@ def write(path: Path, **settings: object) -> str:
         (["--early_stopping", "-1"], ["--early_stopping", "at least 0"]),
         (["--generate_samples", "-1"], ["--generate_samples", "at least 0"]),
         (["--max_length", "1"], ["--max_length: 1 is too small; at least 2"]),
+        (
+            ["--global_batch_size", "4", "--gradient_accumulation_steps", "3"],
+            ["--global_batch_size and --gradient_accumulation_steps both"],
+        ),
         (["--global_batch_size", "0"], ["--global_batch_size", "at least 1"]),
         (["--per_device_eval_batch_size", "0"], ["--per_device_eval_batch_size", "at least 1"]),
         (["--max_rows", "0"], ["--max_rows", "at least 1"]),
