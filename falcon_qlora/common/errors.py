@@ -203,7 +203,9 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 def nearest_path(path: Path) -> str:
     """As `nearest`, the path of what lies beside `path` with a name close to its own."""
-    close = _closest(path.name, [each.name for each in path.parent.glob("*")])
+    # By their stems, as names that share no more than .jsonl are not alike.
+    names = [each.name for each in path.parent.glob("*") if _closest(path.stem, [each.stem])]
+    close = _closest(path.name, names)
     return _did_you_mean([path.with_name(name) for name in close])
 
 

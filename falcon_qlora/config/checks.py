@@ -90,7 +90,7 @@ def settle(values: Values, laid: Laid) -> None:
         try:
             part(values, laid)
         except UserError as error:
-            faults.append(str(error))
+            faults += error.lines
     refuse(faults)
     if _rank(laid, "logging_steps") < 1 and 1 <= values["max_steps"] <= EVERY_STEP_UP_TO:
         values["logging_steps"] = 1
@@ -289,9 +289,13 @@ def _settle_method(values: Values, laid: Laid) -> None:
             mine, other = _rank(laid, name), _rank(laid, each.alternative)
             if mine != other:
                 values[name if other > mine else each.alternative] = None
-    for name, (_, layer) in laid.items():
-        if layer.origin == FLAG and name in method_settings() and name not in own:
-            raise UserError(f"--{name} does nothing with --method {method.name}: drop it")
+    idle = [
+        f"--{name} does nothing with --method {method.name}: drop it"
+        for name, (_, layer) in laid.items()
+        if layer.origin == FLAG and name in method_settings() and name not in own
+    ]
+    if idle:
+        raise UserError(*idle)
 
 
 def _settle_checkpointing(values: Values, laid: Laid) -> None:
@@ -316,10 +320,10 @@ def _settle_batch(values: Values, laid: Laid) -> None:
     batch, steps = _rank(laid, "global_batch_size"), _rank(laid, "gradient_accumulation_steps")
     if values["global_batch_size"] is not None and steps >= 1:
         if batch == steps and laid["gradient_accumulation_steps"][0] is not None:
-            raise UserError(
-                f"{laid['global_batch_size'][1].where('global_batch_size')} and gradient_accumulation_steps "
-                "both set the size of a step; give one of them"
+            both = (
+                laid[each][1].where(each) for each in ("global_batch_size", "gradient_accumulation_steps")
             )
+            raise UserError(f"{' and '.join(both)} both set the size of a step; give one of them")
         if steps > batch:
             values["global_batch_size"] = None
     if values["global_batch_size"] is not None:

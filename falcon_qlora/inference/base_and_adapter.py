@@ -80,6 +80,7 @@ def load_adapted(source: Source) -> tuple[Any, Any]:
     from falcon_qlora.models.load import load_model
 
     saved = None if source.adapter is None else read_adapter(source.adapter)
+    tokenizer = tokenizer_of(source)  # before the model, which takes minutes
     model: Any = load_model(
         source.model,
         quantize_mode=source.quantize_mode,
@@ -91,7 +92,6 @@ def load_adapted(source: Source) -> tuple[Any, Any]:
         offload=source.offload,
         ways=source.ways_to_hold_less,
     )
-    tokenizer = tokenizer_of(source)
     if saved is not None:
         model = saved.open(model)
     return model.eval(), tokenizer

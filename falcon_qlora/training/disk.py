@@ -83,7 +83,9 @@ def check_disk(
         with_state=not training.save_only_model,
         with_tokenizer=method_of(model).new_token_count > 0,
     )
-    agreement.from_main_process(lambda: _check_room(directory, needed.bytes))
+    fewest = min(needed.checkpoints, 2 + training.load_best_model_at_end)  # with --save_total_limit 1
+    spare = (needed.checkpoints - fewest) * needed.checkpoint_bytes
+    agreement.from_main_process(lambda: _check_room(directory, needed.bytes, spare))
     return needed
 
 
@@ -154,13 +156,15 @@ def _saves(training: Any, steps: int) -> int:
     return max(int(steps / every), 1)
 
 
-def _check_room(directory: RunDirectory, needed: int) -> None:
+def _check_room(directory: RunDirectory, needed: int, spare: int) -> None:
+    """Refuse if `needed` bytes do not fit; `spare` of them a smaller ``--save_total_limit`` would save."""
     free = free_bytes(directory.path)
     # What an earlier part of the run has written is replaced.
     written = sum(path.stat().st_size for path in directory.checkpoints.rglob("*") if path.is_file())
-    if needed > free + written:
+    if (short := needed - free - written) > 0:
+        fewer = ", or keep fewer with --save_total_limit" * (short <= spare)
         where = "Free some" if written else "Name another folder with --output_dir"
         raise UserError(
             f"{directory}: the run's checkpoints need {sized(needed)}, and only {sized(free)} are free: "
-            f"{sized(needed - free - written)} short. {where}, or keep fewer with --save_total_limit"
+            f"{sized(short)} short. {where}{fewer}"
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +29,8 @@ class HeldOutText:
         fingerprint: of the documents.
         source: where they come from, for the user.
         is_the_runs_own: whether the run held them out itself.
-        notes: what became of the rows, for the user; empty for a share of rows, which training has told.
+        notes: what became of the rows, for the user; of a share of rows, which training told, only whether
+            some were trained on.
     """
 
     dataset: Any
@@ -65,14 +67,33 @@ def held_out_text(configuration: Configuration, tokenizer: Any, run: RunDirector
         if standard not in used
     )
     recorded = data_record(run).get("held_out")
+    notes = (*rows.what_became(corpus), *unused)
+    if is_fraction(split):
+        told = f"--eval_split {split}: the run was trained on some of these rows; a FILE there names others"
+        notes = (told,) if _were_trained_on(configuration, run) else ()
     return HeldOutText(
         dataset=corpus.dataset,
         lengths=corpus.lengths,
         fingerprint=corpus.fingerprint,
         source=source,
         is_the_runs_own=isinstance(recorded, dict) and recorded.get("fingerprint") == corpus.fingerprint,
-        notes=() if is_fraction(split) else (*rows.what_became(corpus), *unused),
+        notes=notes,
     )
+
+
+def _were_trained_on(configuration: Configuration, run: RunDirectory | None) -> bool:
+    """Whether rows of the share ``--eval_split`` were trained on: a run's own share holds smaller ones."""
+    if run is None:
+        return False
+    data, was = configuration.data, run.read_config()
+    names, theirs = (
+        {os.path.abspath(str(name)) for name in each or ()}
+        for each in (data.dataset_name, was.get("dataset_name"))
+    )
+    share = was.get("eval_split")
+    share = float(share) if share is not None and is_fraction(str(share)) else 0.0
+    is_within = float(str(data.eval_split)) <= share and configuration.run.seed == was.get("seed")
+    return bool(names & theirs) and not is_within
 
 
 def rows_of(configuration: Configuration, tokenizer: Any) -> HeldOutText:

@@ -79,6 +79,8 @@ class TestData:
     def test_file_not_found(self, refused: Refuse) -> None:
         message = self.refuse(refused, "--dataset_name", "row.jsonl")
         assert message == "file not found: row.jsonl (did you mean rows.jsonl?)"
+        message = self.refuse(refused, "--dataset_name", "another.jsonl")
+        assert message == "file not found: another.jsonl"
         message = self.refuse(refused, "--dataset_name", "none/rows.jsonl")
         assert message == "file not found: none/rows.jsonl (nor is there a folder none)"
 

@@ -602,3 +602,13 @@ def test_eval_gives_what_transformers_gives(run, tmp_path, capsys):
     capsys.readouterr()
     assert cli.main(["eval", "-m", "tiny", "-q", "16bit"]) == 2
     assert "--dataset_name" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "told"), [("0.5", True), ("0.25", False), ("0.1", False), ("0.1 --seed 7", True)]
+)
+def test_eval_tells_where_the_run_was_trained_on_rows_of_the_share(run, words, told, capsys):
+    """A smaller share of the same draw lies in the run's own, 0.25."""
+    flags = ["--adapter", str(run), "--most_tokens", "64", "--eval_split", *words.split()]
+    assert cli.main(["eval", *flags]) == 0
+    assert ("the run was trained on some of these rows" in capsys.readouterr().err) == told

@@ -41,6 +41,10 @@ def write(path: Path, **settings: object) -> str:
         (["--method", "full", "-q", "4bit"], ["--quantize_mode is 4bit", "cannot take a step"]),
         (["--recipe", "lit-full", "-q", "8bit"], ["--quantize_mode is 8bit", "--method lora"]),
         (["--method", "adapter", "--lora_r", "8"], ["--lora_r does nothing with --method adapter"]),
+        (
+            ["--method", "adapter", "--lora_r", "8", "--use_dora"],
+            ["2 things to mend", "--lora_r does nothing", "--use_dora does nothing"],
+        ),
         (["--adapter_first_block", "1"], ["--adapter_first_block does nothing with --method lora"]),
         (["--lora_slices", "querry"], ["did you mean query?"]),
         (["-q", "5bit"], ["-q: '5bit' is not one of 4bit, 8bit, 16bit"]),
@@ -54,6 +58,10 @@ def write(path: Path, **settings: object) -> str:
         (["--early_stopping", "-1"], ["--early_stopping", "at least 0"]),
         (["--generate_samples", "-1"], ["--generate_samples", "at least 0"]),
         (["--max_length", "1"], ["--max_length: 1 is too small; at least 2"]),
+        (
+            ["--global_batch_size", "4", "--gradient_accumulation_steps", "3"],
+            ["--global_batch_size and --gradient_accumulation_steps both"],
+        ),
         (["--global_batch_size", "0"], ["--global_batch_size", "at least 1"]),
         (["--per_device_eval_batch_size", "0"], ["--per_device_eval_batch_size", "at least 1"]),
         (["--max_rows", "0"], ["--max_rows", "at least 1"]),

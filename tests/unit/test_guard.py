@@ -6,6 +6,8 @@ import json
 import os
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,11 +17,14 @@ from torch.distributed.flight_recorder.components.loader import read_dump
 
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.data.packing import collate
+from falcon_qlora.models.load import load_model
 from falcon_qlora.processes.watchdog import describe, record_collectives, write_record
+from falcon_qlora.run_folder.directory import RunDirectory
 from falcon_qlora.step.agreed import Reports, StepReport, notes
 from falcon_qlora.step.bad_steps import BadSteps
 from falcon_qlora.step.loss import halved
-from falcon_qlora.training.disk import predicted_bytes
+from falcon_qlora.training.disk import check_disk, predicted_bytes
+from tests.layouts import attach_lora
 
 
 def report(step: int, loss: float, bad: bool = False) -> StepReport:
@@ -146,3 +151,32 @@ def test_room_is_counted_for_every_checkpoint_that_lies_there_at_once() -> None:
         assert (found.checkpoints, found.checkpoint_bytes) == (count, 12 * million + small)
     paged = predicted_bytes(million, optimizer="paged_adamw_8bit", saves=1, limit=None)
     assert paged.bytes == 10 * million + 31_250 + small + of_adapter  # two scales of 4 bytes to 256 numbers
+
+
+def test_fewer_checkpoints_are_advised_only_where_that_is_enough(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = attach_lora(load_model("tiny", device="cpu"), r=4)
+    training: Any = SimpleNamespace(
+        save_strategy="steps",
+        save_steps=1,
+        save_total_limit=2,
+        save_only_model=False,
+        load_best_model_at_end=False,
+    )
+
+    def check(free: int) -> Any:
+        monkeypatch.setattr("falcon_qlora.training.disk.free_bytes", lambda _: free)
+        directory, optimizer = RunDirectory(tmp_path), "adamw_torch_fused"
+        return check_disk(
+            directory, model, training, optimizer=optimizer, whole=False, steps=9, by_clock=False
+        )
+
+    needed = check(2**40)
+    with_limit_1 = needed.bytes - needed.checkpoint_bytes
+    for free, advised in ((with_limit_1, True), (with_limit_1 - 1, False)):
+        with pytest.raises(UserError) as refused:
+            check(free)
+        assert ("--save_total_limit" in str(refused.value)) == advised
+    training.save_total_limit = 1
+    assert check(with_limit_1).bytes == with_limit_1

@@ -16,6 +16,7 @@ from torch.testing import assert_close
 from transformers import FalconForCausalLM
 
 from falcon_qlora.common.errors import UserError
+from falcon_qlora.inference.base_and_adapter import Source, load_adapted
 from falcon_qlora.models import load, quantize
 from falcon_qlora.models.layouts import layout_of, preset_config
 from falcon_qlora.models.load import load_model, quantization_of, verify_quantized
@@ -365,3 +366,9 @@ def test_cpu_memory_of_a_load_stays_far_below_the_models_size(tmp_path, kind):
     )
     quantized = 0.52 * size / 2
     assert int(taken) < quantized + 50e6 < 0.4 * size
+
+
+def test_a_missing_tokenizer_is_told_before_the_model_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr("falcon_qlora.models.load.load_model", lambda *_, **__: pytest.fail("loaded"))
+    with pytest.raises(UserError, match="tokenizer"):
+        load_adapted(Source(model="tiny", tokenizer=str(tmp_path)))
