@@ -176,7 +176,7 @@ def _tried(device: torch.device) -> Fp8GeluProducts:
     return products
 
 
-def _define(forward_tile: Tile = FORWARD, backward_tile: Tile = BACKWARD) -> Fp8GeluProducts:
+def _define() -> Fp8GeluProducts:
     from quack import activation
     from quack.epilogue.frontend import gemm_epilogue
     from quack.epilogue.ops import ColVecLoad
@@ -215,7 +215,7 @@ def _define(forward_tile: Tile = FORWARD, backward_tile: Tile = BACKWARD) -> Fp8
         before = scales.new_empty(len(x.values), len(weight), dtype=dtype)
         values = torch.empty_like(before, dtype=fp8.DTYPE)
         if len(before):
-            run(forward, forward_tile, x, weight, scale, scales, before, None, {"after8": values})
+            run(forward, FORWARD, x, weight, scale, scales, before, None, {"after8": values})
         return before, Rows(values, scales)
 
     def run_backward(
@@ -225,7 +225,7 @@ def _define(forward_tile: Tile = FORWARD, backward_tile: Tile = BACKWARD) -> Fp8
         values = torch.empty_like(before, dtype=fp8.DTYPE)
         if len(before):
             outputs = {"of_before8": values, "after": after}
-            run(backward, backward_tile, grad, weight, scale, scales, of_before, before, outputs)
+            run(backward, BACKWARD, grad, weight, scale, scales, of_before, before, outputs)
         return Rows(values, scales), of_before, after
 
     return Fp8GeluProducts(run_forward, run_backward)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -17,7 +18,7 @@ from falcon_qlora.kernels.fp8_rows import Rows
 from falcon_qlora.kernels.libraries import Loaded
 from falcon_qlora.kernels.low_rank import LowRank
 from falcon_qlora.models import fast_path
-from falcon_qlora.models.fast_path import apply_fast_path, fp8_weight_bytes, keep_fp8_weights
+from falcon_qlora.models.fast_path import apply_fast_path, drop_fp8_weights, fp8_weight_bytes, keep_fp8_weights
 from falcon_qlora.models.layouts.falcon import Falcon
 from tests.layouts import FAMILIES, attach_lora, documents, plain_float32, tiny_model
 from tests.packing import packed
@@ -212,6 +213,29 @@ def test_weights_that_are_kept_are_those_that_would_be_made(
     ours = step(model, arguments)
     assert not made
     assert_same(ours, reference, 1e-6)
+
+
+@pytest.mark.parametrize("layout", ["falcon-7b", "falcon-40b"])
+def test_kept_weights_do_for_an_adapter_of_another_rank_and_for_none(layout: str, in_products: None) -> None:
+    model = adapted(layout, "4bit", r=8)
+    arguments = packed(documents(LENGTHS))
+    apply_fast_path(model, fp8_products=True)
+    model.add_adapter("other", LoraConfig(r=24, init_lora_weights=False, target_modules=[*Falcon.linears]))
+    results = []
+    for keep in (True, False):
+        model.set_adapter("default")
+        if keep:
+            keep_fp8_weights(model)
+        else:
+            drop_fp8_weights(model)
+        model.set_adapter("other")
+        trained = step(model, arguments)
+        with model.disable_adapter(), torch.no_grad():
+            results.append((trained, model(**arguments).loss))
+    (kept, kept_alone), (made, made_alone) = results
+    assert_same(kept, made, 1e-6)
+    assert_close(kept_alone, made_alone)
+    assert abs(made_alone - made[0]) > 1e-3
 
 
 def test_without_lora_and_without_gradients(exact: None) -> None:
