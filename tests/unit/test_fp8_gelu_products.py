@@ -18,7 +18,12 @@ from falcon_qlora.kernels.fp8_rows import Rows
 from falcon_qlora.kernels.libraries import Loaded
 from falcon_qlora.kernels.low_rank import LowRank
 from falcon_qlora.models import fast_path
-from falcon_qlora.models.fast_path import apply_fast_path, drop_fp8_weights, fp8_weight_bytes, keep_fp8_weights
+from falcon_qlora.models.fast_path import (
+    apply_fast_path,
+    drop_fp8_weights,
+    fp8_weight_bytes,
+    keep_fp8_weights,
+)
 from falcon_qlora.models.layouts.falcon import Falcon
 from tests.layouts import FAMILIES, attach_lora, documents, plain_float32, tiny_model
 from tests.packing import packed
@@ -175,6 +180,35 @@ def test_gradients_are_no_further_from_float32_than_with_gelu_apart(
     # 4h_to_h's t is made from what its product reads, GELU's output in FP8.
     assert after.mean() < 1.07 * before.mean()
     assert (after < 1.25 * before).all()
+
+
+def test_a_part_of_lora_far_larger_than_the_weights_stays_in_range(in_products: None) -> None:
+    model = adapted("falcon-7b", "16bit", target_modules=["dense_h_to_4h", "dense_4h_to_h"])
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data *= 1e5
+    apply_fast_path(model, fp8_products=True)
+    module = fast_path.blocks_of(model)[0]
+    state = fast_path.state_of(module)
+    block, adapters = fast_path._FAMILIES["falcon"].block_and_adapters(module, state)
+    whole = [
+        linear.layer.weight + linear.scaling * b @ a
+        for linear, (a, b) in zip(block.projections[1:3], adapters[1:3], strict=True)
+    ]
+    generator = torch.Generator().manual_seed(0)
+    hidden, grad = (torch.randn(40, len(whole[1]), generator=generator) for _ in range(2))
+    grad *= 1e-3
+    with torch.no_grad():
+        products = state.products(block, adapters)
+        (_, before), low_in = products.enter(hidden)
+        expected = block.normalize(hidden)[0][0] @ whole[0].T
+        after = products.after_gelu[0].float()
+        low_out = products.leave(before, hidden, low_in, hidden)[1]
+        _, _, (of_before, wide, _), _ = products.leave_backward(grad, before, lambda: hidden, low_in, low_out)
+        of_expected = torch.ops.aten.gelu_backward(grad @ whole[1], before)
+    gelu = torch.nn.functional.gelu(expected)
+    for found, exact in ((before, expected), (after, gelu), (wide, of_expected), (of_before.float(), wide)):
+        assert (found - exact).norm() < 0.05 * exact.norm()
 
 
 def distances_of_nonzero(ours: Any, theirs: Any) -> list[float]:
