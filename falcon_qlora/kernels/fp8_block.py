@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -130,6 +131,14 @@ def _largest_output(block: Block, weight: Tensor) -> Tensor:
     return MARGIN * (math.sqrt(block.dense_h_to_4h.in_features) * longest + of_bias)
 
 
+class _Beside(NamedTuple):
+    """Rows with room for LoRA in front of them, LoRA's part, and its `fp8_gelu_products.balance`."""
+
+    rows: Rows
+    low: LowRank | None
+    balance: Tensor | None
+
+
 class Fp8Products:
     """The products of one call, see `Products`."""
 
@@ -156,7 +165,7 @@ class Fp8Products:
             added = self._added((1,), low[-1])
             beside, rows, _ = self._beside(1, normal, added)
             projected += [self._product(linear, rows, hidden.dtype) for linear in linears[:-1]]
-            before_gelu, after = self._before_gelu(self.gelu, beside, added, hidden.dtype)
+            before_gelu, after = self._before_gelu(self.gelu, beside, hidden.dtype)
             projected.append(before_gelu)
             self.after_gelu = after, times_transposed(after, self._a(2, hidden.dtype), hidden.dtype)
         fp8.add(projected[0], self._added((0,), low_rank[0]))
@@ -173,7 +182,7 @@ class Fp8Products:
         linears = self.into[-1]
         added = self._added((1,), self._into_low_rank(linears, normals * len(linears))[-1])
         beside, _, _ = self._beside(1, normals[0], added)
-        return self._before_gelu(self.gelu, beside, added, hidden.dtype)[0]
+        return self._before_gelu(self.gelu, beside, hidden.dtype)[0]
 
     def leave(
         self, before_gelu: Tensor, attended: Tensor, low_in: Sequence[Tensor], hidden: Tensor
@@ -217,9 +226,9 @@ class Fp8Products:
                 bound,
             )
         else:
-            weight = self._weight_beside(2, beside, added, transpose=True)
+            weight = self._weight_beside(2, beside, transpose=True)
             of_before, of_before_gelu, y = self.gelu.backward(
-                beside,
+                beside.rows,
                 weight,
                 self.frozen.weights[2].scale,
                 fp8.bound_scales(bound, added, fp8.STEEPEST),
@@ -284,32 +293,34 @@ class Fp8Products:
         bound = self.frozen.before_gelu.expand(before_gelu.shape[0])
         return fp8.gelu(before_gelu, self._added((1,), low_in[1]), bound, self._a(2, before_gelu.dtype))
 
-    def _beside(self, linear: int, x: Tensor, low: LowRank | None) -> tuple[Rows, Rows, Tensor]:
+    def _beside(self, linear: int, x: Tensor, low: LowRank | None) -> tuple[_Beside, Rows, Tensor]:
         """`x` ``[T, in]`` quantized, with room for LoRA in front of it, and without; its rows' lengths."""
-        columns = fp8_gelu_products.columns_of(0 if low is None else low.left.shape[1])
-        least = None if low is None else fp8_gelu_products.least(low, self.frozen.weights[linear].scale)
+        columns, balance, least = 0, None, None
+        if low is not None:
+            columns = fp8_gelu_products.columns_of(low.left.shape[1])
+            into = self._a(1, x.dtype) if linear == 1 else self._scaled_b(2, x.dtype).T
+            balance = fp8_gelu_products.balance(into, low.right, self.frozen.weights[linear].scale)
+            least = fp8_gelu_products.least(low, balance)
         values = torch.empty(len(x), columns + x.shape[1], dtype=fp8.DTYPE, device=x.device)
         rows, lengths = fp8.quantize_rows(x, values[:, columns:], least)
-        return Rows(values, rows.scales), rows, lengths
+        return _Beside(Rows(values, rows.scales), low, balance), rows, lengths
 
-    def _weight_beside(
-        self, linear: int, beside: Rows, low: LowRank | None, transpose: bool = False
-    ) -> Tensor:
+    def _weight_beside(self, linear: int, beside: _Beside, transpose: bool = False) -> Tensor:
         """The weight for `_beside`'s rows, and LoRA in front of both."""
-        columns = beside.values.shape[1] - _sizes(self.block.projections[linear], transpose)[1]
-        weight = self._weight(linear, beside, transpose, columns)
-        if low is not None:
+        rows, low, balance = beside
+        columns = rows.values.shape[1] - _sizes(self.block.projections[linear], transpose)[1]
+        weight = self._weight(linear, rows, transpose, columns)
+        if low is not None and balance is not None:
             scale = self.frozen.weights[linear].scale
-            fp8_gelu_products.put(low, beside.scales, scale, beside.values[:, :columns], weight[:, :columns])
+            sides = rows.values[:, :columns], weight[:, :columns]
+            fp8_gelu_products.put(low, rows.scales, scale, balance, *sides)
         return weight
 
-    def _before_gelu(
-        self, gelu: Fp8GeluProducts, beside: Rows, low: LowRank | None, dtype: torch.dtype
-    ) -> tuple[Tensor, Rows]:
+    def _before_gelu(self, gelu: Fp8GeluProducts, beside: _Beside, dtype: torch.dtype) -> tuple[Tensor, Rows]:
         """h_to_4h's output with LoRA, and its GELU, see `Fp8GeluProducts.forward`."""
-        weight = self._weight_beside(1, beside, low)
-        scales = fp8.bound_scales(self.frozen.before_gelu.expand(len(beside.scales)), low)
-        return gelu.forward(beside, weight, self.frozen.weights[1].scale, scales, dtype)
+        weight = self._weight_beside(1, beside)
+        scales = fp8.bound_scales(self.frozen.before_gelu.expand(len(beside.rows.scales)), beside.low)
+        return gelu.forward(beside.rows, weight, self.frozen.weights[1].scale, scales, dtype)
 
     def _product(self, linear: int, rows: Rows, dtype: torch.dtype, transpose: bool = False) -> Tensor:
         """``[T, in]`` → ``[T, out]``, or back with the transposed weight; without LoRA."""

@@ -4,9 +4,9 @@ LoRA's part has to be in the sum before GELU is taken, so it rides as more colum
 of theirs. They have the operands' scales: with a row's scale s and the weight's w, the columns of LoRA's
 ``left @ right`` are ``left / (s k)`` and ``right k / w``. Each is split in two FP8 values, high and low, as
 exact as bfloat16 together, and of the four products of these the three that matter are made. k makes the
-largest values of both alike for every rank, so that neither is above FP8's largest nor, unless LoRA's part is
-next to nothing, below its smallest. Where LoRA's part is so large that no k does, rows get a larger scale,
-see `least`.
+largest values of both about alike for every rank, so that neither is above FP8's largest nor, unless LoRA's
+part is next to nothing, below its smallest. Where a row's part is larger it gets a larger scale, see `least`.
+k comes of LoRA's matrices alone: what a row becomes may not depend on others, which are other documents'.
 
 The plain forms are the library's references, for tests.
 """
@@ -67,27 +67,37 @@ def columns_of(rank: int) -> int:
     return -(-3 * rank // fp8.UNIT) * fp8.UNIT
 
 
-def least(low: LowRank, scale: Tensor) -> Tensor:
-    """What the largest absolute value of each row has to be at least for `put`, float32 ``[T]``.
+def balance(into: Tensor, right: Tensor, scale: Tensor) -> Tensor:
+    """k for every rank, float32 ``[R]``.
 
     Args:
-        low: LoRA's part.
+        into: ``[R, C]``, of which the rows' values in the ranks are products with the rows.
+        right: ``[R, F]``, of `LowRank`.
         scale: of the weight, float32 ``[]``.
     """
-    return _largest(low.left * (_largest(low.right, 1) / (LARGEST * scale)), 1)
+    largest = _largest(right, 1) / scale + _NOTHING
+    # About the largest of rows that, divided by their scales, have FP8's largest among their values; less
+    # than without outliers, more than with them.
+    of_rows = LARGEST / 4 * torch.linalg.vector_norm(into, dim=1, dtype=torch.float32) + _NOTHING
+    return torch.minimum((of_rows / largest).sqrt(), LARGEST / largest)
 
 
-def put(low: LowRank, scales: Tensor, scale: Tensor, left: Tensor, right: Tensor) -> None:
+def least(low: LowRank, balance: Tensor) -> Tensor:
+    """What the largest absolute value of each row has to be at least for `put`, float32 ``[T]``."""
+    return _largest(low.left / balance, 1)
+
+
+def put(low: LowRank, scales: Tensor, scale: Tensor, balance: Tensor, left: Tensor, right: Tensor) -> None:
     """Write LoRA's part as columns of the operands.
 
     Args:
         low: LoRA's part, ``[T, R]`` and ``[R, F]``.
         scales: of the rows, float32 ``[T]``.
         scale: of the weight, float32 ``[]``.
+        balance: see the function.
         left: the rows' columns in FP8 ``[T, columns_of(R)]``, to write into.
         right: the weight's ``[F, columns_of(R)]``, likewise.
     """
-    balance = _balance(_largest(low.left / scales[:, None], 0), _largest(low.right, 1) / scale)
     fp8.split_columns(low.left, scales, balance, left, low_last=False)
     fp8.split_columns(low.right.T, scale.expand(len(right)), balance.reciprocal(), right, low_last=True)
 
@@ -95,11 +105,6 @@ def put(low: LowRank, scales: Tensor, scale: Tensor, left: Tensor, right: Tensor
 def _largest(x: Tensor, dim: int) -> Tensor:
     """The largest absolute values along `dim`, float32."""
     return torch.linalg.vector_norm(x, math.inf, dim=dim, dtype=torch.float32)
-
-
-def _balance(left: Tensor, right: Tensor) -> Tensor:
-    """k for every rank, from the largest absolute values of both sides; any, where one side is zeros."""
-    return ((left + _NOTHING) / (right + _NOTHING)).sqrt()
 
 
 def times_transposed(rows: Rows, a: Tensor, dtype: torch.dtype) -> Tensor:
@@ -176,7 +181,7 @@ def _tried(device: torch.device) -> Fp8GeluProducts:
     return products
 
 
-def _define(forward_tile: Tile = FORWARD, backward_tile: Tile = BACKWARD) -> Fp8GeluProducts:
+def _define() -> Fp8GeluProducts:
     from quack import activation
     from quack.epilogue.frontend import gemm_epilogue
     from quack.epilogue.ops import ColVecLoad
@@ -215,7 +220,7 @@ def _define(forward_tile: Tile = FORWARD, backward_tile: Tile = BACKWARD) -> Fp8
         before = scales.new_empty(len(x.values), len(weight), dtype=dtype)
         values = torch.empty_like(before, dtype=fp8.DTYPE)
         if len(before):
-            run(forward, forward_tile, x, weight, scale, scales, before, None, {"after8": values})
+            run(forward, FORWARD, x, weight, scale, scales, before, None, {"after8": values})
         return before, Rows(values, scales)
 
     def run_backward(
@@ -225,7 +230,7 @@ def _define(forward_tile: Tile = FORWARD, backward_tile: Tile = BACKWARD) -> Fp8
         values = torch.empty_like(before, dtype=fp8.DTYPE)
         if len(before):
             outputs = {"of_before8": values, "after": after}
-            run(backward, backward_tile, grad, weight, scale, scales, of_before, before, outputs)
+            run(backward, BACKWARD, grad, weight, scale, scales, of_before, before, outputs)
         return Rows(values, scales), of_before, after
 
     return Fp8GeluProducts(run_forward, run_backward)

@@ -242,7 +242,8 @@ def apply_fast_path(
     Args:
         model: a model from `load_model`, as it is or inside PEFT's wrapper.
         keep: what the blocks keep for the backward pass; one for all, or one per block.
-        fp8_products: multiply by the frozen weights in FP8 (e4m3), with LoRA beside it in bfloat16.
+        fp8_products: multiply by the frozen weights in FP8 (e4m3), with LoRA beside it in bfloat16, or as
+            exact within the product.
         libraries: whether to use FlashAttention-4 and quack-kernels where they are installed and support the
             GPU; without them PyTorch and Triton do everything.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +19,7 @@ def usable_cores() -> int:
 
 @contextmanager
 def on_one_core() -> Iterator[None]:
-    """Within the block, PyTorch computes on this thread alone.
+    """Within the block, what this thread asks of PyTorch is computed on it alone.
 
     For a thousand small tensors: an operation that is shared out waits until every core is free, which on a
     busy machine takes milliseconds.
@@ -27,6 +28,10 @@ def on_one_core() -> Iterator[None]:
 
     cores = torch.get_num_threads()
     torch.set_num_threads(1)
+    # It also set what threads to come begin with, and keep; so one of them sets that back at once.
+    other = threading.Thread(target=torch.set_num_threads, args=(cores,))
+    other.start()
+    other.join()
     try:
         yield
     finally:

@@ -219,13 +219,13 @@ class Estimator:
         if self.in_fp8 and (excluded := excluded or self.reason_on(None)):
             raise UserError(f"--compute_dtype fp8: {excluded}. Use --compute_dtype auto.")
         self.optim = configuration.trainer["optim"]
-        sharding = configuration.run.sharding
-        if sharding in ("fsdp", "zero3") and processes == 1:
+        if configuration.run.sharding == "zero3":
+            of = " with --gpus, of how many processes" if processes == 1 else ""
+            raise UserError(f"--sharding zero3 is not estimated: --sharding fsdp shares out as much{of}")
+        if configuration.run.sharding == "fsdp" and processes == 1:
             raise UserError(
-                f"--sharding {sharding} splits the model over several processes: say of how many by --gpus"
+                "--sharding fsdp splits the model over several processes: say of how many by --gpus"
             )
-        if sharding == "zero3":
-            raise UserError("--sharding zero3 is not estimated: fsdp shares out as much")
         self.trainable = trainable_count(method, config)
         self._step = functools.cache(self._step_of)  # the same on every card of a kind
 

@@ -307,8 +307,8 @@ def test_full_fine_tuning_is_sharded_where_a_replica_does_not_fit(
     assert four["fits"] is True
     for refused, told in {
         "--sharding fsdp": "say of how many by --gpus",
-        "--sharding zero3": "say of how many by --gpus",
-        "--gpus 4 --sharding zero3": "fsdp shares out as much",
+        "--sharding zero3": "--sharding fsdp shares out as much with --gpus, of how many processes",
+        "--gpus 4 --sharding zero3": "--sharding fsdp shares out as much\n",
     }.items():
         assert main(["estimate", *words.split(), *refused.split()]) == 2
         assert told in capsys.readouterr().err

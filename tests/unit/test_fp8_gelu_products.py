@@ -8,16 +8,22 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 from torch import Tensor
 from torch.testing import assert_close
 
 from falcon_qlora.kernels import fp8, fp8_gelu_products
-from falcon_qlora.kernels.fp8_gelu_products import PLAIN, columns_of, least, put, times_transposed
+from falcon_qlora.kernels.fp8_gelu_products import PLAIN, balance, columns_of, least, put, times_transposed
 from falcon_qlora.kernels.fp8_rows import Rows
 from falcon_qlora.kernels.libraries import Loaded
 from falcon_qlora.kernels.low_rank import LowRank
 from falcon_qlora.models import fast_path
-from falcon_qlora.models.fast_path import apply_fast_path, fp8_weight_bytes, keep_fp8_weights
+from falcon_qlora.models.fast_path import (
+    apply_fast_path,
+    drop_fp8_weights,
+    fp8_weight_bytes,
+    keep_fp8_weights,
+)
 from falcon_qlora.models.layouts.falcon import Falcon
 from tests.layouts import FAMILIES, attach_lora, documents, plain_float32, tiny_model
 from tests.packing import packed
@@ -55,13 +61,14 @@ def low_rank_in_columns(b: float, outlier: float = 1, a: float = 1, rank: int = 
     x *= (3 * torch.rand(96, 1, generator=generator) ** 2 - 1).exp()
     weight = torch.randn(144, 256, generator=generator) * 0.02
     scale = 2 * weight.abs().max() / 448
-    t = x @ (torch.rand(rank, 256, generator=generator) - 0.5).T * (a / 8)
+    into = (torch.rand(rank, 256, generator=generator) - 0.5) * (a / 8)
+    t = x @ into.T
     low = LowRank(t.bfloat16(), (torch.randn(144, rank, generator=generator) * b).bfloat16().T)
-    columns = columns_of(rank)
+    columns, k = columns_of(rank), balance(into, low.right, scale)
     values = torch.empty(96, columns + 256, dtype=fp8.DTYPE)
-    rows, _ = fp8.quantize_rows(x, values[:, columns:], least(low, scale))
+    rows, _ = fp8.quantize_rows(x, values[:, columns:], least(low, k))
     right = torch.empty(144, columns, dtype=fp8.DTYPE)
-    put(low, rows.scales, scale, values[:, :columns], right)
+    put(low, rows.scales, scale, k, values[:, :columns], right)
     found = values[:, :columns].double() @ right.double().T * rows.scales.double()[:, None] * scale.double()
     expected = low.left.double() @ low.right.double()
     error, whole = (found - expected).norm(dim=1), (expected + x.double() @ weight.T.double()).norm(dim=1)
@@ -87,9 +94,9 @@ def test_bugs_would_be_seen(bug: str, monkeypatch: pytest.MonkeyPatch) -> None:
         split = fp8._split
         monkeypatch.setattr(fp8, "_split", lambda x: (split(x)[0], torch.zeros_like(x)))
     if bug == "no balance":
-        monkeypatch.setattr(fp8_gelu_products, "_balance", lambda left, right: torch.ones_like(left))
+        monkeypatch.setitem(globals(), "balance", lambda into, right, scale: torch.ones(len(into)))
     if bug == "no least":
-        monkeypatch.setitem(globals(), "least", lambda low, scale: None)
+        monkeypatch.setitem(globals(), "least", lambda low, k: None)
     worst = max(low_rank_in_columns(b)[0] for b in (1e-4, 1e-2, 30, 1e4))
     assert not worst < BFLOAT16
 
@@ -171,9 +178,62 @@ def test_gradients_are_no_further_from_float32_than_with_gelu_apart(
             found.append(torch.tensor(distances_of_nonzero(step(model, arguments), reference)))
     before, after = (torch.stack(found).square().mean(0).sqrt() for found in errors)
     print(f"{before.mean():.4f} {after.mean():.4f} worst {(after / before).max():.3f}")
-    # 4h_to_h's t is made from what its product reads, GELU's output in FP8.
-    assert after.mean() < 1.07 * before.mean()
+    # 4h_to_h's t is made from what its product reads, GELU's output in FP8; another seed gives 3 to 9 %.
+    assert after.mean() < 1.1 * before.mean()
     assert (after < 1.25 * before).all()
+
+
+def test_a_part_of_lora_far_larger_than_the_weights_stays_in_range(in_products: None) -> None:
+    model = adapted("falcon-7b", "16bit", target_modules=["dense_h_to_4h", "dense_4h_to_h"])
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data *= 1e5
+    apply_fast_path(model, fp8_products=True)
+    module = fast_path.blocks_of(model)[0]
+    state = fast_path.state_of(module)
+    block, adapters = fast_path._FAMILIES["falcon"].block_and_adapters(module, state)
+    whole = [
+        linear.layer.weight + linear.scaling * b @ a
+        for linear, (a, b) in zip(block.projections[1:3], adapters[1:3], strict=True)
+    ]
+    generator = torch.Generator().manual_seed(0)
+    hidden, grad = (torch.randn(40, len(whole[1]), generator=generator) for _ in range(2))
+    grad *= 1e-3
+    with torch.no_grad():
+        products = state.products(block, adapters)
+        (_, before), low_in = products.enter(hidden)
+        expected = block.normalize(hidden)[0][0] @ whole[0].T
+        after = products.after_gelu[0].float()
+        low_out = products.leave(before, hidden, low_in, hidden)[1]
+        _, _, (of_before, wide, _), _ = products.leave_backward(grad, before, lambda: hidden, low_in, low_out)
+        of_expected = torch.ops.aten.gelu_backward(grad @ whole[1], before)
+    gelu = torch.nn.functional.gelu(expected)
+    for found, exact in ((before, expected), (after, gelu), (wide, of_expected), (of_before.float(), wide)):
+        assert (found - exact).norm() < 0.05 * exact.norm()
+
+
+@pytest.mark.parametrize("layout", ["falcon-7b", "falcon-40b"])
+def test_no_row_depends_on_others_by_a_bit(layout: str, in_products: None) -> None:
+    model = adapted(layout, "16bit")
+    apply_fast_path(model, fp8_products=True)
+    module = fast_path.blocks_of(model)[0]
+    state = fast_path.state_of(module)
+    block, adapters = fast_path._FAMILIES["falcon"].block_and_adapters(module, state)
+    generator = torch.Generator().manual_seed(0)
+    hidden, grad = (torch.randn(20, len(block.norms[0].weight), generator=generator) for _ in range(2))
+    results = []
+    for factor in (1, 300):
+        hidden[10:, 0] *= factor
+        grad[10:] *= factor
+        with torch.no_grad():
+            products = state.products(block, adapters)
+            (_, before), low_in = products.enter(hidden)
+            output, low_out = products.leave(before, hidden, low_in, hidden)
+            _, _, (of_before, wide, _), _ = products.leave_backward(
+                grad, before, lambda: hidden, low_in, low_out
+            )
+        results.append([each[:10] for each in (before, output, of_before.float(), wide)])
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
 
 
 def distances_of_nonzero(ours: Any, theirs: Any) -> list[float]:
@@ -214,6 +274,29 @@ def test_weights_that_are_kept_are_those_that_would_be_made(
     assert_same(ours, reference, 1e-6)
 
 
+@pytest.mark.parametrize("layout", ["falcon-7b", "falcon-40b"])
+def test_kept_weights_do_for_an_adapter_of_another_rank_and_for_none(layout: str, in_products: None) -> None:
+    model = adapted(layout, "4bit", r=8)
+    arguments = packed(documents(LENGTHS))
+    apply_fast_path(model, fp8_products=True)
+    model.add_adapter("other", LoraConfig(r=24, init_lora_weights=False, target_modules=[*Falcon.linears]))
+    results = []
+    for keep in (True, False):
+        model.set_adapter("default")
+        if keep:
+            keep_fp8_weights(model)
+        else:
+            drop_fp8_weights(model)
+        model.set_adapter("other")
+        trained = step(model, arguments)
+        with model.disable_adapter(), torch.no_grad():
+            results.append((trained, model(**arguments).loss))
+    (kept, kept_alone), (made, made_alone) = results
+    assert_same(kept, made, 1e-6)
+    assert_close(kept_alone, made_alone)
+    assert abs(made_alone - made[0]) > 1e-3
+
+
 def test_without_lora_and_without_gradients(exact: None) -> None:
     model = tiny_model("falcon-7b", "4bit")
     fast_path.enable_packing(model)
@@ -227,7 +310,10 @@ def test_without_lora_and_without_gradients(exact: None) -> None:
 def test_it_takes_rows_of_zeros() -> None:
     low = LowRank(torch.zeros(3, 4), torch.zeros(4, 16))
     left, right = (torch.empty(size, columns_of(4), dtype=fp8.DTYPE) for size in (3, 16))
-    put(low, torch.ones(3), torch.tensor(1.0), left, right)
+    scale = torch.tensor(1.0)
+    k = balance(torch.zeros(4, 16), low.right, scale)
+    assert not least(low, k).any()
+    put(low, torch.ones(3), scale, k, left, right)
     assert not Rows(left, torch.ones(3)).float().any()
     assert not right.float().any()
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.processes import cores, ranks, scheduler
@@ -123,3 +125,19 @@ def test_a_control_group_limits_the_cores(tmp_path: Path, monkeypatch: pytest.Mo
     for name, value in (("quota", "250000"), ("period", "100000")):
         (tmp_path / f"cpu,cpuacct/job/cpu.cfs_{name}_us").write_text(value)
     assert cores.usable_cores() == 2
+
+
+def test_work_on_one_core_leaves_other_threads_all_of_them() -> None:
+    def elsewhere() -> int:
+        with ThreadPoolExecutor(1) as fresh:  # what a thread begins with, it keeps
+            return fresh.submit(torch.get_num_threads).result()
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with pytest.raises(ZeroDivisionError), cores.on_one_core():
+            assert (torch.get_num_threads(), elsewhere()) == (1, 3)
+            raise ZeroDivisionError
+        assert (torch.get_num_threads(), elsewhere()) == (3, 3)
+    finally:
+        torch.set_num_threads(before)
