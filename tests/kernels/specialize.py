@@ -21,7 +21,10 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from falcon_qlora.kernels import fp8, ops, ssd_ops
+from falcon_qlora.kernels.fp8_gelu_products import PLAIN
+from falcon_qlora.kernels.libraries import Loaded
 from falcon_qlora.kernels.low_rank import Dropout
+from falcon_qlora.models import fast_path
 from falcon_qlora.models.fast_path import apply_fast_path
 from falcon_qlora.models.packed_attention import Sequences
 from tests.kernels.compile_ahead import name_of
@@ -36,6 +39,9 @@ FIRST = ([64], [2] * 8)  # the second: with few targets
 OTHERS = ([40, 25], [9, 7], [3, 2, 14], [1], [2, 2, 1], [2])
 # Dropout's seeds, which are other ones in every call.
 SEEDS = (17, 19), (32, 16)
+
+
+IN_PRODUCTS = "fp8, GELU in products"
 
 
 class Driver:
@@ -64,6 +70,7 @@ def models() -> Iterator[tuple[str, Any, bool]]:
     yield "fp8", adapted("falcon-7b", "4bit", **lora), True
     yield "fp8, a large rank", adapted("falcon-7b", "4bit", **lora | {"r": 80}), True
     yield "fp8, two norms, 8bit", adapted("falcon-180b", "8bit", **lora), True
+    yield IN_PRODUCTS, adapted("falcon-7b", "4bit", **lora), True
     yield "fp8, beside a state space", adapted("falcon-h1", "4bit", **lora), True
 
 
@@ -110,6 +117,8 @@ def main() -> None:
             compare(f"state space, {in_dtype}", lambda lengths, dtype=in_dtype: mix(lengths, dtype))
         for name, model, in_fp8 in models():
             with fp8.emulated() if in_fp8 else nullcontext():
+                products = Loaded(PLAIN if name == IN_PRODUCTS else None)
+                fast_path._fp8_gelu_products = lambda base, found=products: found
                 report = apply_fast_path(model, fp8_products=in_fp8)
                 assert all(what.startswith("fast") for what in report.values()), report
                 model.train()
