@@ -269,11 +269,10 @@ def _settle_method(values: Values, laid: Laid) -> None:
     if method.needs_16bit and values["quantize_mode"] != "16bit":
         if _rank(laid, "quantize_mode") >= of_method:
             adapter = ", or train an adapter on the quantized base, such as --method lora"
+            adapter *= values["sharding"] != "zero3"
             raise UserError(
                 f"{laid['quantize_mode'][1].where('quantize_mode')} is {values['quantize_mode']}, but "
-                f"--method {method.name} {method.needs_16bit}: give --quantize_mode 16bit"
-                + adapter
-                * (values["sharding"] != "zero3")
+                f"--method {method.name} {method.needs_16bit}: give --quantize_mode 16bit{adapter}"
             )
         values["quantize_mode"] = "16bit"
     if values["sharding"] == "zero3" and not method.is_whole:

@@ -47,12 +47,10 @@ def check_disk(out: Path, needed: int, kind: Kind = MERGE) -> None:
     """
     free = free_bytes(out)
     if needed > free:
-        fewer = ", or make one merge instead of two (--base 16bit or --base dequantized)"
+        fewer = ", or make one merge instead of two (--base 16bit or --base dequantized)" * (kind is MERGE)
         raise UserError(
             f"{kind.flag} {out}: the {kind.what} needs {sized(needed)}, only {sized(free)} free: "
-            f"{sized(needed - free)} short. Free space, or name a folder on another disk"
-            + fewer
-            * (kind is MERGE)
+            f"{sized(needed - free)} short. Free space, or name a folder on another disk{fewer}"
         )
 
 
