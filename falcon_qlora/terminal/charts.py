@@ -88,7 +88,7 @@ def draw_loss(
             last.set_ylim(bottom=0)
             last.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
         _over_steps(last)
-        figure.draw_without_rendering()
+        drawing.lay_out(figure)
         drawing.name_ends(losses, ends)
 
 
@@ -146,7 +146,7 @@ def draw_scaling(series: Mapping[str, Line], file: Path, *, title: str = "") -> 
         axes.set_xlim(0, 1.05 * counts[-1])
         axes.set_ylim(bottom=0)
         _key(axes, series)
-        figure.draw_without_rendering()
+        drawing.lay_out(figure)
         drawing.name_ends(axes, ends)
 
 
@@ -263,7 +263,7 @@ def draw_curves(
                 ends[panel].setdefault(name, (*_known(points)[-1], color))
             axes.set_ylabel(panels[panel] + ", smoothed" * many)
         _over_steps(grid[-1, 0])
-        figure.draw_without_rendering()  # from here on lengths in pixels convert to units of the axes
+        drawing.lay_out(figure)  # from here on lengths in pixels convert to units of the axes
         for panel, axes in zip(shown, grid[:, 0], strict=True):
             drawing.name_ends(axes, ends[panel])
 

@@ -17,6 +17,7 @@ from falcon_qlora.common.errors import printable
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
     from matplotlib.axes import Axes
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.text import Annotation
 
@@ -97,6 +98,12 @@ def shown(name: str) -> str:
     return name
 
 
+def lay_out(figure: Figure) -> None:
+    """Give the axes their place, from where lengths in pixels convert to their units."""
+    if (engine := figure.get_layout_engine()) is not None:
+        engine.execute(figure)
+
+
 def name_ends(axes: Axes, ends: Mapping[str, tuple[float, float, str]]) -> list[Annotation]:
     """Write names beside the right edge, each as near to its line's end as the other names allow.
 
@@ -159,11 +166,11 @@ def name_points(axes: Axes, series: Mapping[str, tuple[Points, str]]) -> None:
         series: name to its points, joined by lines, and its colour.
     """
     figure: Any = axes.figure
-    figure.draw_without_rendering()  # from here on lengths in pixels convert to units of the axes
+    lay_out(figure)  # from here on lengths in pixels convert to units of the axes
     at_edge: dict[str, tuple[float, float, str]] = {}
     while True:
         written = name_ends(axes, at_edge)
-        figure.draw_without_rendering()  # names at the edge take room from the axes
+        lay_out(figure)  # names at the edge take room from the axes
         near = {
             name: axes.annotate(
                 shown(name),
@@ -263,4 +270,5 @@ def _distances(low: Any, high: Any, points: Any) -> Any:
 def _write(figure: Figure, file: Path | BinaryIO) -> None:
     if isinstance(file, Path):
         file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, format="png")
+    canvas: FigureCanvasAgg = figure.canvas  # type: ignore[assignment]
+    canvas.print_png(file)  # `savefig` would lay out and draw everything once more before it writes
