@@ -16,13 +16,13 @@ import pytest
 from falcon_qlora.common import by_url
 from tests.cluster.nodes import Nodes, why_not
 from tests.folder_store import objects
-from tests.integration.interrupted import ROWS, assert_same_run
+from tests.integration.interrupted import ROWS, SMALL, assert_same_run
 from tests.integration.runs import metrics, summary, write_jsonl
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(why_not() is not None, reason=str(why_not()))]
 
 SETTINGS = (
-    "-m tiny -q 4bit --max_length 64 -b 2 --lora_r 8 --save_steps 2 --logging_steps 1 --learning_rate 1e-3 "
+    f"{SMALL} -q 4bit --max_length 64 -b 2 --lora_r 8 --save_steps 2 --logging_steps 1 --learning_rate 1e-3 "
     "--report_to none --dataset_name rows.jsonl --resume auto"
 ).split()
 GONE = "has not responded: ended, stopped, or cut off from the network"

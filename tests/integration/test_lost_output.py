@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from tests.integration.forks import Popen
 from tests.integration.runs import ENVIRONMENT, metrics, write_jsonl
 
 TEXTS = [{"text": f"{n} and {n} is {2 * n}."} for n in range(20)]
@@ -23,7 +24,7 @@ def start(output: Path, gpus: int, **streams: Any) -> subprocess.Popen[str]:
     rows = write_jsonl(output.parent / "rows.jsonl", TEXTS)
     words = ["-m", "tiny", "--max_length", "32", "-b", "1", "--max_steps", "6", "--save_steps", "3"]
     words += ["--dataset_name", str(rows), "--report_to", "none", "--gpus", str(gpus)]
-    return subprocess.Popen(
+    return Popen(
         [sys.executable, "-m", "falcon_qlora", "train", *words, "--output_dir", str(output)],
         env=os.environ | ENVIRONMENT,
         text=True,
@@ -61,6 +62,7 @@ def test_a_process_goes_on_and_ends_well(tmp_path: Path) -> None:
     assert whole.stdout == whole.stderr == "x" * 100_000 + "\nleft in the buffer\n"
 
 
+ANSWERS, MEASURES = "generate --prompt Hello --max_new_tokens 2", "eval --dataset_name rows.jsonl"
 FULL = "error: standard output: cannot be written (No space left on device)\n"
 NO_PROMPT = "error: there is no prompt: standard input is closed. Give --prompt TEXT, or --prompt_file FILE\n"
 TELLS = """
@@ -94,9 +96,9 @@ def test_a_command_without_its_streams(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "command", ["generate --prompt Hello --max_new_tokens 2", "eval --dataset_name rows.jsonl"]
+    ("command", "streams"),
+    [(ANSWERS, "<&- >&-"), (MEASURES, "2>&-"), (ANSWERS, ">/dev/full"), (MEASURES, ">/dev/full")],
 )
-@pytest.mark.parametrize("streams", ["<&- >&-", "2>&-", ">/dev/full"])
 def test_what_loads_a_model_without_its_streams(tmp_path: Path, command: str, streams: str) -> None:
     write_jsonl(tmp_path / "rows.jsonl", TEXTS)
     line = f"{sys.executable} -m falcon_qlora {command} -m tiny {streams}"
