@@ -160,8 +160,9 @@ def measured_again(run: Path, *words: str) -> tuple[float, str]:
 def test_eval_and_merge_measure_what_the_run_measured(
     tmp_path: Path, settings: dict[str, object], kernels: str, rel: float, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with fp8.emulated() if settings.get("compute_dtype") == "fp8" else nullcontext():
-        shared = {"quantize_mode": "8bit", "max_steps": 6, "eval_steps": 6}
+    in_fp8 = settings.get("compute_dtype") == "fp8"
+    with fp8.emulated() if in_fp8 else nullcontext():
+        shared = {"quantize_mode": "8bit"} | (BF16 if in_fp8 else {"max_steps": 6, "eval_steps": 6})
         run = fine_tune(tmp_path / "run", **shared | settings)
         noted = metrics(run)[-1]["eval_loss"]
         loss, ran = measured_again(run)
@@ -177,7 +178,7 @@ def test_eval_and_merge_measure_what_the_run_measured(
         assert cli.main(["merge", *words]) == 0
         certificate = json.loads((tmp_path / "merged" / "certificate.json").read_text())
         assert certificate["adapter_loss"] == pytest.approx(noted, rel=rel)
-    if settings.get("compute_dtype") == "fp8":
+    if in_fp8:
         capsys.readouterr()
         assert cli.main(["eval", "--adapter", str(run)]) == 2
         assert "there is no FP8 on the CPU" in capsys.readouterr().err
