@@ -249,7 +249,7 @@ class Checkpointer:
         """
         self.join()
         if self._error is None or isinstance(self._error, OSError):
-            return None if self._error is None else reason_of(self._error)
+            return None if self._error is None else reason_of(self._error, self._partial(self.saved_step))
         raise self._error
 
     def _try(self, work: Callable[[], None], step: int) -> None:
@@ -260,7 +260,8 @@ class Checkpointer:
             self._error = error
             write.remove_unfinished(self.folder)
             if self._goes_on:  # else the run's end tells
-                told = f"step {step:,}: the checkpoint could not be saved ({reason_of(error)})"
+                why = reason_of(error, self._partial(step))
+                told = f"step {step:,}: the checkpoint could not be saved ({why})"
                 kept = "; earlier checkpoints are untouched" if self._whole_step >= 0 else ""
                 note(f"{told}. The training goes on until the next save{kept}")
         except AdapterFaultError as error:
@@ -401,7 +402,7 @@ class Checkpointer:
                 for name in about:
                     flush(partial / name)
         except Exception as error:
-            failure = f"rank {process}: {reason_of(error)}"
+            failure = f"rank {process}: {reason_of(error, partial)}"
             if not isinstance(error, OSError):
                 raise
         finally:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from falcon_qlora.checkpoint import process_state, write
 from falcon_qlora.checkpoint.adapter_check import check_reading, check_tensors, form_of
 from falcon_qlora.checkpoint.manifest import write_manifest
-from falcon_qlora.common.files import flush
+from falcon_qlora.common.files import flush, write_text
 from falcon_qlora.methods.interface import method_of
 
 if TYPE_CHECKING:
@@ -142,9 +142,8 @@ class Filling:
             AdapterFaultError: if what was written is not what was to be.
         """
         partial, model = content.partial, content.model
-        with write.disk_errors():
-            method_of(model).save(model, partial, content.trained)
-            self.describe_adapter(partial)
+        method_of(model).save(model, partial, content.trained)
+        self.describe_adapter(partial)
         about = {"step": content.step, "processes": content.processes, "resumable": content.resumable}
         with ThreadPoolExecutor(3) as beside:  # the reading back, the disk and the hashes
             checked = beside.submit(self._check, content, model_is_free)
@@ -152,7 +151,7 @@ class Filling:
                 write.save(held, partial / name)
             if content.cursor is not None:
                 process_state.save_cursor(partial, content.cursor)
-            (partial / process_state.TRAINER_STATE).write_text(content.trainer_state, encoding="utf-8")
+            write_text(partial / process_state.TRAINER_STATE, content.trainer_state)
             files = [file for file in partial.iterdir() if file.name not in content.parts]
             flushed = [beside.submit(flush, file) for file in files]
             write_manifest(partial, about | self.record, content.parts)

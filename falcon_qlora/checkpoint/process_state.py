@@ -20,6 +20,7 @@ from torch.distributed import DistError
 from transformers import set_seed
 
 from falcon_qlora.common.errors import UserError, one_line
+from falcon_qlora.common.files import disk_errors
 from falcon_qlora.data.cursor import check_cursor
 
 # A checkpoint's files, under Transformers' names where it has them too.
@@ -129,7 +130,8 @@ def load_states(checkpoint: Path) -> list[dict[str, Any]]:
 
 def save_cursor(checkpoint: Path, cursor: dict[str, Any]) -> None:
     """Write where a stream's next step begins, the same for every process."""
-    with gzip.open(checkpoint / CURSOR, "wt", encoding="utf-8", compresslevel=1) as handle:
+    file = checkpoint / CURSOR
+    with disk_errors(file), gzip.open(file, "wt", encoding="utf-8", compresslevel=1) as handle:
         json.dump(cursor, handle)
 
 

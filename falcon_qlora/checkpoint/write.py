@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from falcon_qlora.checkpoint.adapter_check import AdapterFaultError
@@ -21,8 +17,6 @@ from falcon_qlora.common.files import quoted
 from falcon_qlora.processes import agreement
 
 _REPLACED = "replaced-step-"
-# How an error of the system ends in one of Rust: "I/O error: File too large (os error 27)".
-_OF_RUST = re.compile(r"\(os error (\d+)\)")
 
 
 def require_same_replicas(tensors: Iterable[Tensor], last: Callable[[], str], *, step: int) -> str:
@@ -97,20 +91,6 @@ def after_bad_rows(checkpoints: Path, address: str | None, *, weights: str) -> l
     return [f"{last} Once rows are changed it cannot be resumed: {anew}."]
 
 
-@contextlib.contextmanager
-def disk_errors() -> Iterator[None]:
-    """Turn what libraries raise on a full or failing disk into an OSError."""
-    try:
-        yield
-    except Exception as error:
-        # The tokenizers library has no error class of its own.
-        if not isinstance(error, SafetensorError | RuntimeError) and type(error) is not Exception:
-            raise
-        number = _OF_RUST.search(str(error))
-        told = os.strerror(int(number[1])) if number else first_line(error)
-        raise OSError(int(number[1]) if number else 0, told) from error
-
-
 def save(held: Any, file: Path) -> None:
     """Write tensors as `torch.save` does.
 
@@ -126,7 +106,7 @@ def save(held: Any, file: Path) -> None:
         while cause is not None and not (isinstance(cause, OSError) and cause.errno):
             cause = cause.__context__
         number, why = (0, first_line(error)) if cause is None else (cause.errno, cause.strerror)
-        raise OSError(number, f"{file.name}: {why}") from error
+        raise OSError(number, why, str(file)) from error
 
 
 def set_aside_after(checkpoints: Path, step: int) -> list[Path]:

@@ -1,7 +1,8 @@
 """``falcon-qlora prepare``: download everything that a run needs from the network, ahead of it.
 
-Sizes and free space are checked first. The small parts in which mistakes show (tokenizer, data) come next,
-then the weights. With ``--output_dir`` it quantizes the base into a folder instead, and reads no rows.
+Sizes and free space are checked first: of what is downloaded, not of the tokens of local rows. The small
+parts in which mistakes show (tokenizer, data) come next, then the weights. With ``--output_dir`` it quantizes
+the base into a folder instead, and reads no rows.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from falcon_qlora.common.files import quoted
 from falcon_qlora.common.quantities import counted, sized
 from falcon_qlora.common.stores import is_address
 from falcon_qlora.config import Configuration, parse
-from falcon_qlora.config.arguments import LaunchArguments
+from falcon_qlora.config.arguments import DataArguments, LaunchArguments
 from falcon_qlora.config.parser import FalconParser
 from falcon_qlora.config.verbs import VERBS
 from falcon_qlora.processes.watchdog import end_native_code_after
@@ -52,13 +53,15 @@ def main(argv: list[str]) -> int:
     start_adapter.adopt(configuration)
     settings, data = configuration.model, configuration.data
     name = settings.model_name_or_path
+    taken = 0
     for download in _downloads(configuration):
         print_plain(
             f"{download.kind} {download.repository}: {sized(download.total_bytes)}, "
             f"{sized(download.missing_bytes)} to download; "
             f"{sized(download.free_bytes, 1)} free in {download.cache}"
         )
-        download.check_disk(copies=_COPIES_OF_A_DATA_SET if download.kind == "dataset" else 1)
+        copies = _COPIES_OF_A_DATA_SET if download.kind == "dataset" else 1
+        taken += download.check_disk(copies=copies, taken=taken)
 
     tokenizer = rows.load_tokenizer(configuration.model, configuration.method)
     if data.streaming:
@@ -85,13 +88,8 @@ def main(argv: list[str]) -> int:
 
 def _how(configuration: Configuration) -> str:
     """How training comes by its rows from now on."""
-    from falcon_qlora.data.selection import is_fraction
-
     data = configuration.data
-    named, held_out = [*data.dataset_name], data.eval_split
-    if held_out is not None and not (held_out.startswith("split:") or is_fraction(held_out)):
-        named.append(held_out)
-    if data.streaming and (streamed := _on_hub(named, data.dataset_train_split)):
+    if data.streaming and (streamed := _on_hub(data)):
         return f"with the rows of {', '.join(streamed)} from the hub, which needs the network"
     return "without a network (HF_HUB_OFFLINE=1)"
 
@@ -103,13 +101,17 @@ def _unless_refused(argv: list[str]) -> str:
     return f", if train takes {told}: not looked at here" if unused else ""
 
 
-def _on_hub(names: list[str], split: str) -> list[str]:
-    """Those of some data that are sets on the hub."""
+def _on_hub(data: DataArguments) -> list[str]:
+    """The sets on the hub whose rows are read, each once: to train on, and to evaluate on."""
+    from falcon_qlora.data.selection import is_fraction
     from falcon_qlora.data.sources import HubSource, find_source
 
+    names, held_out, split = [*data.dataset_name], data.eval_split, data.dataset_train_split
+    if held_out is not None and not (held_out.startswith("split:") or is_fraction(held_out)):
+        names.append(held_out)
     # A single file has no splits.
     sources = (find_source(name, split="train" if Path(name).is_file() else split) for name in names)
-    return [source.name for source in sources if isinstance(source, HubSource)]
+    return [*dict.fromkeys(source.name for source in sources if isinstance(source, HubSource))]
 
 
 def _quantize(configuration: Configuration) -> int:
@@ -198,8 +200,7 @@ def _downloads(configuration: Configuration) -> list[Download]:
         if is_on_hub(settings.model_name_or_path):
             downloads.append(plan_model(settings.model_name_or_path, revision=settings.model_revision))
         if not data.streaming:
-            names = _on_hub(data.dataset_name, data.dataset_train_split)
-            downloads += [plan_dataset(name, config=data.dataset_config) for name in names]
+            downloads += [plan_dataset(name, config=data.dataset_config) for name in _on_hub(data)]
     except Unreachable as error:
         note(f"{error}: going on with what the caches hold")
     return downloads

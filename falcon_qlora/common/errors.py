@@ -191,9 +191,17 @@ def first_line(error: object, *, limit: int = 300) -> str:
     return one_line(told or type(error).__name__, limit=limit)
 
 
-def reason_of(error: Exception) -> str:
-    """Why something failed; for an OSError the system's message, such as ``No space left on device``."""
-    return getattr(error, "strerror", None) or one_line(error)
+def reason_of(error: Exception, folder: Path | None = None) -> str:
+    """Why something failed; for an OSError the system's message, such as ``No space left on device``.
+
+    Args:
+        folder: that was to be written: an error of a file in it is told with the file's name before.
+    """
+    why = getattr(error, "strerror", None) or one_line(error)
+    file = getattr(error, "filename", None)
+    if folder is not None and isinstance(file, str) and Path(file).parent == folder:
+        return f"{Path(file).name}: {why}"
+    return why
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -7,6 +7,7 @@ import enum
 import errno
 import fcntl
 import hashlib
+import io
 import json
 import math
 import os
@@ -14,11 +15,12 @@ import re
 import shlex
 import shutil
 import tempfile
+import traceback
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from falcon_qlora.common.errors import UserError
+from falcon_qlora.common.errors import UserError, first_line
 
 # Read once, here: the umask can only be read by setting it, which other threads would notice.
 _UMASK = os.umask(0o077)
@@ -27,6 +29,8 @@ _HASHED_AT_ONCE = 2**22
 # In the names of temporary folders: one that will replace another, and one that was replaced.
 _PARTIAL, _REPLACED = "-partial-", "-replaced-"
 _TEMPORARY = "falcon-qlora-"
+# How an error of the system ends in one of Rust: "I/O error: File too large (os error 27)".
+_OF_RUST = re.compile(r"\(os error (\d+)\)")
 _own: list[Path] = []
 
 
@@ -75,13 +79,49 @@ def replaced(file: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _named(target: Path, temporary: Path) -> Iterator[None]:
-    """Name `target` in a system's error that names no file, or one of `temporary`, which becomes `target`."""
+    """Name `target` in a system's error that names no file; `temporary` becomes it, as do files in there."""
     try:
         yield
     except OSError as error:
-        if error.errno and (error.filename is None or str(error.filename).startswith(str(temporary))):
-            error.filename = str(target)
+        if error.errno is not None:
+            file = Path(str(error.filename or temporary))
+            if file.is_relative_to(temporary):
+                error.filename = str(target / file.relative_to(temporary))
         raise
+
+
+@contextlib.contextmanager
+def disk_errors(file: Path) -> Iterator[None]:
+    """Have what libraries raise on a full or failing disk be an OSError that names the file.
+
+    Args:
+        file: what native code writes in the block, whose errors name none. What Python writes there besides
+            is found by itself.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = _open_file(error)
+        raise
+    except Exception as error:
+        from safetensors import SafetensorError
+
+        # The tokenizers library has no error class of its own.
+        if not isinstance(error, SafetensorError) and type(error) is not Exception:
+            raise
+        number = _OF_RUST.search(str(error))
+        told = os.strerror(int(number[1])) if number else first_line(error)
+        raise OSError(int(number[1]) if number else 0, told, str(file)) from error
+
+
+def _open_file(error: OSError) -> str | None:
+    """The file that was being written where an error arose: the innermost that a function holds open."""
+    for frame, _ in reversed([*traceback.walk_tb(error.__traceback__)]):
+        for held in frame.f_locals.values():
+            if isinstance(held, io.TextIOWrapper | io.BufferedWriter):
+                return str(held.name)
+    return None
 
 
 @contextlib.contextmanager
@@ -223,8 +263,9 @@ def flush(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
-    except OSError:
+    except OSError as error:
         if path.is_file():  # some network file systems cannot flush folders; the rename is still ordered
+            error.filename = str(path)
             raise
     finally:
         os.close(handle)

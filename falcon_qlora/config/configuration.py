@@ -19,7 +19,6 @@ from falcon_qlora.common.errors import UserError, printable, without_credentials
 from falcon_qlora.common.record_files import AUTO, LATEST, is_record
 from falcon_qlora.common.settings import settings_of
 from falcon_qlora.common.untrusted import refuse_links
-from falcon_qlora.config import checks
 from falcon_qlora.config.arguments import (
     DataArguments,
     LaunchArguments,
@@ -27,6 +26,7 @@ from falcon_qlora.config.arguments import (
     RunArguments,
     our_settings,
 )
+from falcon_qlora.config.checks import check
 from falcon_qlora.config.help import print_help
 from falcon_qlora.config.parser import (
     RECIPES,
@@ -39,6 +39,7 @@ from falcon_qlora.config.parser import (
 )
 from falcon_qlora.config.paths import settings_of_run, with_absolute_paths
 from falcon_qlora.config.quantized import follow_checkpoint
+from falcon_qlora.config.settle import EVERY_STEP_UP_TO, Laid, settle
 from falcon_qlora.config.trainer_arguments import SHARED
 from falcon_qlora.config.verbs import VERBS
 from falcon_qlora.methods.interface import Method
@@ -122,7 +123,7 @@ class Configuration:
 
     def log_steps_of_short_run(self, steps: int) -> None:
         """Log every step of a run of so few `steps`, unless the user says how many."""
-        if steps <= checks.EVERY_STEP_UP_TO and "logging_steps" not in self.explicit:
+        if steps <= EVERY_STEP_UP_TO and "logging_steps" not in self.explicit:
             self.trainer["logging_steps"] = self.training.logging_steps = 1
 
     @property
@@ -292,7 +293,7 @@ def _settings_of_the_run(flags: Mapping[str, Any]) -> str | None:
 
 
 def _configuration(
-    parser: FalconParser, laid: checks.Laid, recipe: str, extra_arguments: type | None, *, trains: bool
+    parser: FalconParser, laid: Laid, recipe: str, extra_arguments: type | None, *, trains: bool
 ) -> Configuration:
     ours = {each.name for each in our_settings()}
     values = {name: copy.deepcopy(parser.settings[name].default) for name in ours}
@@ -300,9 +301,9 @@ def _configuration(
     values["recipe"] = recipe
     extra = {name: laid[name][0] for name in parser.extra_names if name in laid}
     given = {name: layer for name, (_, layer) in laid.items() if layer.rank > 0}
-    checks.settle(values, laid)
+    settle(values, laid)
     where = {name: layer.where(name) for name, layer in given.items()}
-    checks.check(values, where, trains=trains)
+    check(values, where, trains=trains)
     if values["device"] == "cpu":
         _hide_gpus()
     values = with_absolute_paths(values, data=False)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from falcon_qlora.common.errors import UserError
-from falcon_qlora.config.checks import Laid
 from falcon_qlora.config.parser import Layer
+from falcon_qlora.config.settle import Laid
 from falcon_qlora.methods.interface import Method
 from falcon_qlora.methods.table import METHODS
 from falcon_qlora.models.fingerprint import folder_here

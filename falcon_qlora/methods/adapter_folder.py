@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from falcon_qlora.common.errors import UserError
-from falcon_qlora.common.files import replaced, write_json
+from falcon_qlora.common.files import disk_errors, replaced, write_json
 from falcon_qlora.common.record_files import check_format, run_of
 from falcon_qlora.common.recorded_paths import absolute_name, started_in
 from falcon_qlora.common.untrusted import read_json, refuse_links
@@ -44,7 +44,7 @@ def write_adapter(
     from safetensors.torch import save_file
 
     tensors = {name: each.cpu().contiguous() for name, each in method.saved_tensors(model, state).items()}
-    with replaced(folder / TENSORS) as temporary:
+    with replaced(folder / TENSORS) as temporary, disk_errors(temporary):
         save_file(tensors, temporary, metadata={"format": "pt"})
     about = {"method": method.name, "base_model_name_or_path": model.name_or_path}
     write_json(folder / CONFIG, {**about, "settings": method.settings()})

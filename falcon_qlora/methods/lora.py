@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from falcon_qlora.common.errors import UserError, nearest
+from falcon_qlora.common.files import disk_errors
 from falcon_qlora.methods import new_tokens
 from falcon_qlora.methods.interface import Method, ParameterGroup, setting
 from falcon_qlora.methods.lora_folder import settings_in
@@ -301,7 +302,8 @@ class Lora(Method):
     def save(self, model: PeftModel, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
         # Not the embeddings, which are never trained whole: PEFT would ask the hub whether they were.
         held = {} if state is None else {"state_dict": dict(state)}
-        model.save_pretrained(folder, save_embedding_layers=False, **held)
+        with disk_errors(folder / "adapter_model.safetensors"):
+            model.save_pretrained(folder, save_embedding_layers=False, **held)
 
     def put(self, model: PeftModel, tensors: dict[str, Tensor]) -> None:
         from peft import set_peft_model_state_dict

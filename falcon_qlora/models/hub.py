@@ -53,22 +53,28 @@ class Download:
     free_bytes: int
     cache: Path
 
-    def check_disk(self, *, copies: int = 1) -> None:
+    def check_disk(self, *, copies: int = 1, taken: int = 0) -> int:
         """Refuse a download that the disk cannot take.
 
         Args:
             copies: how many copies of the bytes the disk must hold, in one form or another.
+            taken: bytes of the free space that other downloads will take.
+
+        Returns:
+            The bytes that it will take itself.
 
         Raises:
             UserError: saying by how much.
         """
-        needed = copies * self.missing_bytes
-        if needed > self.free_bytes:
+        needed, free = copies * self.missing_bytes, self.free_bytes - taken
+        if needed > free:
+            beside = " beside what else is downloaded" if taken else ""
             raise UserError(
                 f"{self.repository} needs {sized(needed, 1)} more in {self.cache}, where "
-                f"only {sized(self.free_bytes, 1)} are free: {sized(needed - self.free_bytes, 1)} short. "
+                f"only {sized(free, 1)} are free{beside}: {sized(needed - free, 1)} short. "
                 "Free space, or set HF_HOME to a folder on a larger disk"
             )
+        return needed
 
 
 def fetch_model(repository: str, *, revision: str | None = None) -> Path:

@@ -23,6 +23,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
+from falcon_qlora.common.files import disk_errors
 from falcon_qlora.models import zero3
 from falcon_qlora.models.activations import blocks_of
 from falcon_qlora.models.sharded_base import sharded_base_of
@@ -109,14 +110,16 @@ def save_whole(
     tensors = iter(state.items()) if state else whole_tensors(model, wanted=True)
     try:
         for file, names in files.items():
-            save_file(dict(next(tensors) for _ in names), folder / file, metadata={"format": "pt"})
+            with disk_errors(folder / file):
+                save_file(dict(next(tensors) for _ in names), folder / file, metadata={"format": "pt"})
     finally:
         # A full disk must not leave the other processes waiting.
         for _ in tensors:
             pass
-    model.config.save_pretrained(folder)
-    if model.generation_config is not None:
-        model.generation_config.save_pretrained(folder)
+    with disk_errors(folder):
+        model.config.save_pretrained(folder)
+        if model.generation_config is not None:
+            model.generation_config.save_pretrained(folder)
     write_index(folder, files, sum(sizes.values()))
 
 

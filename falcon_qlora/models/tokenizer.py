@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from falcon_qlora.common.errors import UserError, first_line, panics_as_errors
+from falcon_qlora.common.files import disk_errors
 from falcon_qlora.common.untrusted import read_json, read_text
 from falcon_qlora.models.checkpoints import RANDOM, refuse_adapter
 from falcon_qlora.models.layouts import MODEL_TYPES, PRESETS, layout_of_preset
@@ -58,6 +59,16 @@ def load_tokenizer(
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of {name} has no end token, without which answers cannot end")
     return tokenizer
+
+
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Write a tokenizer's files as Transformers does.
+
+    Raises:
+        OSError: naming the file that cannot be written.
+    """
+    with disk_errors(folder / "tokenizer.json"):
+        tokenizer.save_pretrained(folder)
 
 
 def _class_for(folder: Path) -> Any:

@@ -82,23 +82,24 @@ def _of_torchrun() -> list[str]:
 
 
 def hold(file: Path) -> IO[str]:
-    """Lock `file` for `wait_for`, until `let_go` or until this process ends."""
+    """Lock `file` for `wait_for`, until `let_go` or until this process ends; some file systems cannot."""
     held = file.open("w", encoding="utf-8")
-    fcntl.flock(held, fcntl.LOCK_EX)
+    with contextlib.suppress(OSError):
+        fcntl.flock(held, fcntl.LOCK_EX)
     return held
 
 
 def let_go(held: IO[str]) -> None:
     """End `hold`."""
-    with held:
+    with held, contextlib.suppress(OSError):
         fcntl.flock(held, fcntl.LOCK_UN)  # closing is not enough where another process inherited it
 
 
 def wait_for(name: str) -> None:
-    """Wait while the launcher holds the file `name` in its folder."""
+    """Wait while the launcher holds the file `name` in its folder, where that can be locked."""
     file = mark(name)
     if file is not None and file.exists():
-        with file.open(encoding="utf-8") as held:
+        with file.open(encoding="utf-8") as held, contextlib.suppress(OSError):
             fcntl.flock(held, fcntl.LOCK_SH)
 
 

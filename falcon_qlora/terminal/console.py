@@ -54,9 +54,13 @@ class _Console(Console):
 @lru_cache(maxsize=1)
 def console() -> Console:
     """The terminal of the run: standard output on the main process, nowhere on the others."""
+    return _made(quiet=not ranks.is_main_process())
+
+
+def _made(*, quiet: bool = False, stderr: bool = False) -> Console:
     # In a notebook, Rich would turn every line into an HTML table of its own.
     plain: dict[str, Any] = {"force_jupyter": False, "force_terminal": False} if in_notebook() else {}
-    return _Console(quiet=not ranks.is_main_process(), highlight=False, markup=False, emoji=False, **plain)
+    return _Console(quiet=quiet, stderr=stderr, highlight=False, markup=False, emoji=False, **plain)
 
 
 def note(message: str) -> None:
@@ -88,12 +92,12 @@ def say_doing(message: str) -> None:
 
 def _say(line: str, *, style: str, here: bool = False) -> None:
     """Print a line, on the main process unless `here`, also where a dry run keeps back what a run prints."""
+    if not (here or ranks.is_main_process()):
+        return
     out = console()
-    kept_back, out.quiet = out.quiet, not (here or ranks.is_main_process())
-    try:
-        out.print(Text(printable(line), style=style), soft_wrap=True)
-    finally:
-        out.quiet = kept_back
+    if out.quiet:  # it stays quiet: what other threads print meanwhile is kept back
+        out = _made(stderr=out.stderr)
+    out.print(Text(printable(line), style=style), soft_wrap=True)
 
 
 @contextmanager

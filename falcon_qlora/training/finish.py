@@ -14,13 +14,7 @@ import torch
 from falcon_qlora.checkpoint.adapter_check import AdapterFaultError, Reopened, check_opening, check_tensors
 from falcon_qlora.checkpoint.insist import until_written
 from falcon_qlora.checkpoint.manifest import write_manifest
-from falcon_qlora.checkpoint.write import (
-    disk_errors,
-    last_complete,
-    not_kept,
-    not_written,
-    require_same_replicas,
-)
+from falcon_qlora.checkpoint.write import last_complete, not_kept, not_written, require_same_replicas
 from falcon_qlora.common.errors import UserError, reason_of
 from falcon_qlora.common.files import flush, quoted, replaced_folder, write_json
 from falcon_qlora.config import Configuration
@@ -30,6 +24,7 @@ from falcon_qlora.models.hub import push_folder
 from falcon_qlora.models.sharded import is_sharded, take_part
 from falcon_qlora.models.sharded_base import follow, leading
 from falcon_qlora.models.streamed_base import replicated
+from falcon_qlora.models.tokenizer import save_tokenizer
 from falcon_qlora.processes import agreement, endings, launcher, lookout, ranks, stop_signals
 from falcon_qlora.processes.stop_signals import Stopped
 from falcon_qlora.run_folder.directory import RunDirectory
@@ -235,10 +230,9 @@ def _keep_adapter(
                 step, held = trainer.state.global_step, None
                 if not trainer.holds_best:
                     held = trainer.checkpointer.trained_state(step)
-                with disk_errors():
-                    method_of(model).save(model, folder, held)
-                    trainer.processing_class.save_pretrained(folder)
-                    describe_adapter(folder)
+                method_of(model).save(model, folder, held)
+                save_tokenizer(trainer.processing_class, folder)
+                describe_adapter(folder)
                 with ThreadPoolExecutor(2) as beside:
                     files = [file for file in folder.iterdir() if file.is_file()]
                     flushed = [beside.submit(flush, file) for file in files]
@@ -260,7 +254,7 @@ def _keep_adapter(
         except OSError as error:
             if is_sharded(model) and not took_part:
                 take_part(model)  # the other processes do
-            return reason_of(error)
+            return reason_of(error, directory.adapter)
         except AdapterFaultError as error:
             trainer.checkpointer.join()  # which may be the last complete one
             last = trainer.checkpointer.last_complete()

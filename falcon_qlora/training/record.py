@@ -24,6 +24,7 @@ from falcon_qlora.models.quantize import is_quantized_linear
 from falcon_qlora.models.sharded import whole_shape
 from falcon_qlora.models.sharded_base import sharded_base_of
 from falcon_qlora.models.sizes import weight_bytes
+from falcon_qlora.models.tokenizer import save_tokenizer
 from falcon_qlora.processes import devices, ranks
 from falcon_qlora.run_folder.directory import RunDirectory
 from falcon_qlora.run_folder.environment import collect_environment
@@ -264,7 +265,7 @@ def describe_adapter(
         vocabulary=len(tokenizer) if method.new_token_count else None,
     ).write(folder)
     if method.new_token_count:
-        tokenizer.save_pretrained(folder)
+        save_tokenizer(tokenizer, folder)
 
 
 def _quantization(configuration: Configuration, model: Any) -> str:

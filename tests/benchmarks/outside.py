@@ -28,6 +28,7 @@ from falcon_qlora.bench.tables import append_csv, check_csv, new_row
 from falcon_qlora.common.quantities import GB, GIB
 from falcon_qlora.common.untrusted import of_a_run
 from falcon_qlora.config import parse
+from falcon_qlora.processes.devices import FIRST_WITH_BFLOAT16, dtype_name
 from falcon_qlora.run_folder.directory import RunDirectory
 
 _READINGS = "--query-gpu=index,utilization.gpu,memory.used"
@@ -101,8 +102,18 @@ def watch(command: list[str], environment: dict[str, str], gpus: int) -> Seen:
     return seen
 
 
+def computed_in(compute_dtype: str, gpus: list[dict[str, Any]]) -> str:
+    """What a run with this setting computes in, on the GPUs of its `environment.json`."""
+    if compute_dtype != "auto":
+        return compute_dtype
+    capabilities = [tuple(map(int, gpu["compute_capability"].split("."))) for gpu in gpus]
+    bfloat16 = min(capabilities, default=FIRST_WITH_BFLOAT16) >= FIRST_WITH_BFLOAT16
+    chosen = dtype_name(compute_dtype, on_gpu=bool(gpus), bfloat16=bfloat16)
+    return next(name for name in ("bf16", "fp16", "fp32") if dtype_name(name) == chosen)
+
+
 def row(seen: Seen, words: list[str], caches: str, folder: RunDirectory, machine: Machine) -> dict[str, Any]:
-    """A row of the records."""
+    """A row of the records, with what the run chose where a setting left it the choice."""
     summary, settings = folder.read("summary"), parse(words)
     steps, speed = summary["steps"], summary["tokens_per_second"]
     wall, said = f"{seen.wall:.1f} s", f"{summary['wall_seconds']:.1f} s"
@@ -124,8 +135,8 @@ def row(seen: Seen, words: list[str], caches: str, folder: RunDirectory, machine
         "model": settings.model.model_name_or_path,
         "variant": "train, whole command",
         "quantize_mode": settings.model.quantize_mode,
-        "compute_dtype": settings.model.compute_dtype,
-        "checkpointing": settings.run.checkpointing,
+        "compute_dtype": computed_in(settings.model.compute_dtype, folder.read("environment")["gpus"]),
+        "checkpointing": summary["checkpointing"],
         "micro_batch_tokens": summary["micro_batch_tokens"] or as_b,
         "tokens_per_second": round(speed),
         "samples_per_second_512": round(summary["samples_per_second_512"], 2),

@@ -59,7 +59,7 @@ def test_a_disk_that_fails_for_a_while_costs_nothing(
     for what in (
         "metrics.jsonl cannot",
         "samples.jsonl cannot",
-        "run/adapter could not be written (",
+        "run/adapter could not be written (adapter_model.safetensors: File too large)",
         "summary.json",
         "loss",
     ):
@@ -80,8 +80,9 @@ def test_an_adapter_that_cannot_be_written_is_by_going_on(
         last = f"run/checkpoints/step-{steps}"
         assert status == 2
         found = re.fullmatch(
-            rf"error: all steps are done, but run/adapter could not be written \(.+\)\. The last complete "
-            rf"checkpoint is {last}: make room there, and go on with:  falcon-qlora (train .*)\n",
+            rf"error: all steps are done, but run/adapter could not be written \({weights}: File too "
+            rf"large\)\. The last complete checkpoint is {last}: make room there, and go on with:  "
+            r"falcon-qlora (train .*)\n",
             errors,
         )
         assert found is not None, errors
@@ -99,7 +100,7 @@ def test_an_adapter_that_cannot_be_written_is_by_going_on(
 def test_a_state_that_cannot_be_written_is_told_with_its_file_and_the_systems_reason(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(OSError, match="full: No space left on device") as failed:
+    with pytest.raises(OSError, match="No space left on device: '/dev/full'") as failed:
         write.save({"state": torch.zeros(99)}, Path("/dev/full"))
     assert failed.value.errno == errno.ENOSPC
     monkeypatch.setattr(Filling, "fill", within(iter([6_000_000]), Filling.fill))  # the adapter, no more
@@ -146,8 +147,8 @@ def test_an_end_without_a_checkpoint_waits_for_room_or_for_a_signal(
         status, output, errors = run(processes, "--output_dir", "lost", faults=faults, settings=NEVER_SAVING)
         assert status == 2
         assert re.fullmatch(
-            r"error: all steps are done, but lost/adapter could not be written \(.+\)\. "
-            r"There is no complete checkpoint\.\n",
+            r"error: all steps are done, but lost/adapter could not be written "
+            r"\(adapter_model\.safetensors: .+\)\. There is no complete checkpoint\.\n",
             errors,
         )
         assert "SIGTERM: saving" not in output

@@ -34,6 +34,8 @@ def test_a_row_says_of_a_command_what_its_run_and_the_clock_say(
     for row, caches in zip(rows, ("cold", "warm"), strict=True):
         summary = json.loads((kept / caches / "summary.json").read_text())
         assert (row["commit"], row["model"], row["quantize_mode"]) == ("abc", "tiny", "16bit")
+        # Which were left to the run.
+        assert (row["compute_dtype"], row["checkpointing"]) == ("fp32", "none")
         assert (int(row["gpus"]), summary["steps"]) == (summary["world_size"], 3)
         assert float(row["tokens_per_second"]) == round(summary["tokens_per_second"])
         assert int(row["micro_batch_tokens"]) == summary["micro_batch_tokens"]
@@ -57,3 +59,20 @@ def test_a_row_says_of_a_command_what_its_run_and_the_clock_say(
         assert summary["start_seconds"] - 0.1 < first < wall
         assert rest == pytest.approx(wall - summary["train_seconds"], abs=0.11)
     assert "tokens/s; cold; 3 steps" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("setting", "capabilities", "computed"),
+    [
+        ("auto", [], "fp32"),
+        ("auto", ["9.0", "9.0"], "bf16"),
+        ("auto", ["8.0"], "bf16"),
+        ("auto", ["10.0"], "bf16"),
+        ("auto", ["7.5"], "fp16"),
+        ("fp8", ["9.0"], "fp8"),
+        ("bf16", [], "bf16"),
+    ],
+)
+def test_a_row_has_the_dtype_that_was_chosen(setting: str, capabilities: list[str], computed: str) -> None:
+    gpus = [{"name": "a GPU", "compute_capability": each} for each in capabilities]
+    assert outside.computed_in(setting, gpus) == computed

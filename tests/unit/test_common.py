@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import gzip
 import math
 import os
 import pwd
@@ -12,15 +13,25 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from falcon_qlora.common.errors import UserError, first_line, message_of, one_line, reason_of
-from falcon_qlora.common.files import replaced_folder, temporary_files, user_cache, write_json, write_text
+from falcon_qlora.common.files import (
+    disk_errors,
+    replaced_folder,
+    temporary_files,
+    user_cache,
+    write_json,
+    write_text,
+)
 from falcon_qlora.common.quantities import counted, passes, sized
 from falcon_qlora.common.record_files import check_format
 from falcon_qlora.common.untrusted import is_count, is_number
 from falcon_qlora.data.cache import entry
 from falcon_qlora.merge.out import check_out
 from tests.integration.runs import room_for
+from tests.small_tokenizer import small_tokenizer
 
 
 @pytest.mark.parametrize("value", [True, False, 1.0, "1", None, -1, [1]])
@@ -81,6 +92,35 @@ def test_a_write_that_fails_is_told_with_its_file(tmp_path: Path) -> None:
     with room_for(10), pytest.raises(UserError, match=f"the cache folder {tmp_path} cannot be .* too large;"):
         entry(tmp_path, "key", lambda folder: write_text(folder / "a", "b" * 99))
     assert [path.name for path in tmp_path.iterdir()] == []
+
+
+def test_what_a_library_cannot_write_is_told_with_its_file(tmp_path: Path) -> None:
+    out, too_large = tmp_path / "out", os.strerror(errno.EFBIG)
+
+    def write_python(file: Path) -> None:
+        with file.open("w") as opened:
+            opened.write("b" * 99)
+
+    def write_gzip(file: Path) -> None:
+        with gzip.open(file, "wt") as opened:
+            opened.write("b" * 99)
+
+    for write in (
+        write_python,
+        write_gzip,
+        lambda file: save_file({"a": torch.zeros(99)}, file),
+        lambda file: small_tokenizer().backend_tokenizer.save(str(file)),
+    ):
+        with (
+            room_for(10),
+            pytest.raises(OSError, match="too large") as failed,
+            replaced_folder(out) as partial,
+            disk_errors(partial / "a"),
+        ):
+            write(partial / "a")
+        assert message_of(failed.value) == f"error: {out / 'a'}: {too_large}"
+        assert reason_of(failed.value, out) == f"a: {too_large}"
+        assert reason_of(failed.value) == reason_of(failed.value, tmp_path) == too_large
 
 
 def test_where_nothing_can_be_locked_what_a_killed_merge_left_is_named(

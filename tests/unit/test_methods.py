@@ -2,6 +2,7 @@
 
 import copy
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 import falcon_qlora
-from falcon_qlora.common.errors import UserError
+from falcon_qlora.common.errors import UserError, reason_of
 from falcon_qlora.methods.adapter import Adapter
 from falcon_qlora.methods.adapter_folder import RECORD, TENSORS
 from falcon_qlora.methods.adapter_v2 import AdapterV2
@@ -22,8 +23,11 @@ from falcon_qlora.models.fast_path import apply_fast_path
 from falcon_qlora.models.forward import enable_packing
 from falcon_qlora.models.layouts import layout_of, preset_config
 from falcon_qlora.models.quantize import holds_quantized_weight
+from falcon_qlora.models.tokenizer import save_tokenizer
+from tests.integration.runs import room_for
 from tests.layouts import FAMILIES, LAYOUTS, MODES, documents, plain_float32, tiny_model, trainable_names
 from tests.packing import gradients, packed
+from tests.small_tokenizer import small_tokenizer
 
 LENGTHS = [7, 40, 1, 12]
 METHODS_TO_TRY = {
@@ -471,3 +475,25 @@ def test_the_counts_and_the_saved_shapes_are_those_of_the_tensors(tmp_path, layo
     dtype = model.config.dtype
     assert method.saved_shapes(model.config) == saved
     assert model.config.dtype == dtype
+
+
+@pytest.mark.parametrize("name", ["lora", "adapter", "full", "tokenizer"])
+def test_each_file_that_cannot_be_saved_is_named(name, tmp_path):
+    if name == "tokenizer":
+        save = partial(save_tokenizer, small_tokenizer())
+    else:
+        method = (METHODS_TO_TRY | {"full": Full()})[name]
+        save = partial(method.save, method.attach(base_model("falcon-7b"), seed=3))
+    folders = [tmp_path / each for each in ("whole", *"0123")]
+    for each in folders:
+        each.mkdir()
+    save(folders[0])
+    sizes = {file.name: file.stat().st_size for file in folders[0].iterdir()}
+    told = set()
+    for folder, size in zip(folders[1:], sizes.values(), strict=False):
+        with room_for(size - 1), pytest.raises(OSError, match="File too large") as failed:
+            save(folder)
+        file = reason_of(failed.value, folder).removesuffix(": File too large")
+        assert sizes[file] >= size
+        told.add(file)
+    assert max(sizes, key=sizes.get) in told

@@ -1,5 +1,6 @@
 """``falcon-qlora prepare``: sizes first, small things next, weights last; then nothing is missing."""
 
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -92,6 +93,30 @@ def test_a_disk_too_small_stops_it_before_anything_is_fetched(steps, tmp_path):
     with pytest.raises(UserError, match=r"some/rows needs 3\.0 GiB"):
         prepare.main(flags(tmp_path, model="tiny", data="some/rows"))
     assert not any("fetch" in step for step in steps.asked)
+
+
+def test_all_that_is_downloaded_must_fit_together(steps, tmp_path):
+    def refused(*more):
+        steps.asked.clear()
+        with pytest.raises(UserError) as failed:
+            prepare.main([*flags(tmp_path, data="some/rows"), *more])
+        return str(failed.value), steps.asked.count("plan dataset")
+
+    steps.free = 5 * GIB  # for the model, or three copies of the rows
+    told, sets = refused("--eval_split", "0.5")
+    assert sets == 1
+    assert re.match(
+        r"some/rows needs 3\.0 GiB more .* only 2\.0 GiB are free beside .*: 1\.0 GiB short", told
+    )
+    steps.free = 8 * GIB
+    told, sets = refused("--eval_split", "some/held_out")
+    assert sets == 2
+    assert re.match(r"some/held_out needs 3\.0 GiB more .* only 2\.0 GiB are free beside", told)
+    told, sets = refused("--eval_split", "some/rows")  # downloaded once
+    assert sets == 1
+    assert "GiB" not in told
+    (tmp_path / "held_out.jsonl").write_text('{"text": "here"}\n')
+    assert refused("--eval_split", str(tmp_path / "held_out.jsonl"))[1] == 1
 
 
 def test_a_mistake_in_the_data_shows_before_the_weights_come(steps, tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import subprocess
@@ -142,3 +144,18 @@ def test_a_worker_waits_for_the_launcher_however_that_ends(
     holder.kill()
     assert waiter.communicate(timeout=20)[0] == "on\n"
     holder.communicate()
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS])
+def test_where_nothing_can_be_locked_a_worker_does_not_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def no_locks(handle: object, operation: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    monkeypatch.setenv(marks.VARIABLE, str(tmp_path))
+    held = marks.hold(tmp_path / marks.ROWS)
+    marks.wait_for(marks.ROWS)
+    marks.let_go(held)
+    assert held.closed

@@ -8,6 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Iterator
@@ -185,6 +186,36 @@ def test_text_with_brackets_is_printed_as_it_is(capsys: pytest.CaptureFixture[st
     output = capsys.readouterr().out
     assert "[bold]Say[/bold] [x]" in output
     assert "[red]no[/nothing]" in output
+
+
+@pytest.mark.parametrize("is_main", [True, False])
+def test_two_threads_that_print_where_a_run_is_kept_back_do_not_meet(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], is_main: bool
+) -> None:
+    """The second begins while the first prints, and prints after it has ended."""
+    monkeypatch.setattr(console.ranks, "is_main_process", lambda: is_main)
+    console.console().quiet = True
+    second_is_at_it, first_has_ended = threading.Event(), threading.Event()
+    second = threading.Thread(target=console.note_here, args=["second"])
+    printable = console.printable
+
+    def told(text: str, **named: Any) -> str:
+        if text == "note: first" and second.ident is None:
+            second.start()
+            assert second_is_at_it.wait(10)
+            console.print_plain("of the run")
+        if text == "note: second":
+            second_is_at_it.set()
+            assert first_has_ended.wait(10)
+        return printable(text, **named)
+
+    monkeypatch.setattr(console, "printable", told)
+    console.note_here("first")
+    first_has_ended.set()
+    second.join()
+    console.print_plain("of the run")
+    assert capsys.readouterr().out == "note: first\nnote: second\n"
+    assert console.console().quiet
 
 
 def test_without_a_terminal_a_long_run_prints_some_fifty_lines(capsys: pytest.CaptureFixture[str]) -> None:
