@@ -9,6 +9,7 @@ import shutil
 import signal
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,18 +30,20 @@ from tests.integration.runs import command, metrics, summary
 from tests.unit.test_report import make_run
 
 SETTINGS = (
-    f"-m tiny --dataset_name {sample_rows()} --gpus 1 --report_to none --max_length 64 -b 4 --steps 8 "
+    f"--dataset_name {sample_rows()} --gpus 1 --report_to none --max_length 64 -b 4 "
     "--global_batch_size 8 --eval_split 0.05 --max_rows 160 --compute_dtype fp32 --save_strategy no "
     "--logging_steps 1"
 ).split()
 pytestmark = pytest.mark.usefixtures("forked")
+LEARNING = "-m tiny --steps 8".split()
+QUICK = f"{SMALL} --steps 3".split()
 RATES = {"adapter": "1e-1", "adapter_v2": "1e-2", "lora": "2e-3", "qlora": "2e-3", "full": "2e-4"}
 
 
-def run(folder: Path, methods: list[str], *more: str) -> list[dict[str, Any]]:
+def run(folder: Path, methods: list[str], *more: str, size: Sequence[str] = LEARNING) -> list[dict[str, Any]]:
     rates = [f"{name}={RATES[name]}" for name in methods]
     given = ["--methods", ",".join(methods), "--learning_rates", *rates, "--output_dir", str(folder)]
-    assert compare.main([*given, *SETTINGS, *more]) == 0
+    assert compare.main([*given, *SETTINGS, *size, *more]) == 0
     with (folder / "comparison.csv").open() as file:
         return list(csv.DictReader(file))
 
@@ -79,19 +82,19 @@ def test_two_methods_are_compared_and_not_trained_again(
     assert capfd.readouterr().out.count("trained already") == 2
     assert kept == [(tmp_path / "runs" / name / "metrics.jsonl").read_bytes() for name in ("lora", "full")]
     with pytest.raises(UserError, match="holds a run with other settings"):
-        compare.main(["--methods", "full", "--output_dir", str(tmp_path), *SETTINGS])
+        compare.main(["--methods", "full", "--output_dir", str(tmp_path), *SETTINGS, *LEARNING])
 
 
 @pytest.mark.slow
 def test_only_the_runs_that_are_missing_are_trained(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    rows = run(tmp_path, ["lora", "full"])
+    rows = run(tmp_path, ["lora", "full"], size=QUICK)
     kept = (tmp_path / "runs" / "full" / "metrics.jsonl").read_bytes()
     shutil.rmtree(tmp_path / "runs" / "lora")
     (tmp_path / "runs" / "full" / "adapter" / "untouched").touch()
     capfd.readouterr()
-    again = run(tmp_path, ["lora", "full"], "--seeds", "2")
+    again = run(tmp_path, ["lora", "full"], "--seeds", "2", size=QUICK)
     assert capfd.readouterr().out.count("trained already") == 1
     assert (tmp_path / "runs" / "full" / "metrics.jsonl").read_bytes() == kept
     assert (tmp_path / "runs" / "full" / "adapter" / "untouched").exists()
@@ -162,8 +165,8 @@ def test_a_signal_ends_it_with_what_it_started_and_the_same_command_goes_on(
     tmp_path: Path, number: signal.Signals
 ) -> None:
     processes, log = Processes(tmp_path), tmp_path / "out/runs/adapter/metrics.jsonl"
-    words = ["compare", "--methods", "adapter,lora", "--output_dir", "out", *SETTINGS, "--steps", "60"]
-    words += [*SMALL.split(), "--adapter_first_block", "0"]
+    words = ["compare", "--methods", "adapter,lora", "--output_dir", "out", *SETTINGS, *SMALL.split()]
+    words += ["--steps", "60", "--adapter_first_block", "0"]
     try:
         started = processes.start("falcon_qlora", *words)
         while not log.exists() and started.poll() is None:

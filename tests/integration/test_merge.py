@@ -527,18 +527,18 @@ def test_a_run_on_a_folder_of_this_machine_is_used_as_any_other(tmp_path, capsys
         "merge": ("--out", tmp_path / "merged", "--base", "dequantized", "--overwrite"),
     }
 
-    def statuses(folder: Path) -> list[int]:
-        return [cli.main([name, "--adapter", str(folder), *map(str, words)]) for name, words in ways.items()]
+    def statuses(folder: Path, *names: str) -> list[int]:
+        return [cli.main([name, "--adapter", str(folder), *map(str, ways[name])]) for name in names or ways]
 
     capsys.readouterr()
     alone = shutil.copytree(run / "adapter", tmp_path / "alone")
-    for folder in (run, run / "checkpoints" / "step-3", alone):
+    for folder, names in ((run, ["eval"]), (run / "checkpoints" / "step-3", ["generate"]), (alone, [*ways])):
         if folder == alone:
             ways["eval"] = (*ways["eval"], "--dataset_name", "sample")
-        assert statuses(folder) == [0, 0, 0], capsys.readouterr().err
+        assert statuses(folder, *names) == [0] * len(names), capsys.readouterr().err
         told = capsys.readouterr().err
-        assert told.count(f"note: the base model is {base}, which") == 3
-        assert told.count(f"note: the tokenizer is {tokenizer}, which") == 3
+        assert told.count(f"note: the base model is {base}, which") == len(names)
+        assert told.count(f"note: the tokenizer is {tokenizer}, which") == len(names)
     assert cli.main(["inspect", str(run / "adapter")]) == 0
     assert "configuration is not here" not in capsys.readouterr().out
     (tokenizer / "tokenizer.json").write_text((tokenizer / "tokenizer.json").read_text() + " ")
