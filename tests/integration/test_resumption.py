@@ -17,6 +17,7 @@ from falcon_qlora.commands.inspection import inspect_folder
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.config import parse
 from falcon_qlora.data.stream import stream_documents
+from tests.integration.interrupted import SMALL
 from tests.integration.runs import metrics, write_jsonl
 
 ROWS = [{"instruction": f"Say {number}.", "output": f"It is {number}."} for number in range(12)]
@@ -212,7 +213,8 @@ def test_a_row_that_breaks_a_stream_late_is_told_with_the_ways_on(
     whole = file.read_text()
     file.write_text(whole + '{"instruction": "torn\n')
     settings: dict[str, Any] = {
-        "model_name_or_path": "tiny",
+        "model_name_or_path": SMALL.split()[1],
+        "tokenizer_name_or_path": "tiny",
         "dataset_name": file,
         "streaming": True,
         "max_length": 256,
