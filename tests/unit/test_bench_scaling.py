@@ -295,11 +295,13 @@ def test_a_whole_run_counts_the_steps_left_out(tmp_path: Path) -> None:
         (("--gpus", "1", "--fixed", "global", "--global_tokens", "3000"), "--global_tokens 3000: must be a"),
         (("--gpus", "1", "--whole_run", "--cache_dir", "rows"), "--whole_run starts with an empty cache"),
         (("--lengths", "uneven"), "--lengths is a setting of --gpus"),
+        (("--fixed", "global", "--lengths", "uneven", "--whole_run"), "3 things to mend\n  --fixed is a"),
         (
             ("--models", "tiny", "--new_tokens", "<|a|>"),
             "--new_tokens: the variants train plain LoRA on all linears; --gpus",
         ),
         (("--models", "tiny", "--use_dora"), "--use_dora: the variants train plain LoRA"),
+        (("--models", "tiny", "--use_dora", "--use_rslora"), "2 things to mend\n  --use_rslora: the var"),
         (("--models", "tiny", "--lora_slices", "query"), "--lora_slices: the variants train plain LoRA"),
         (("--models", "tiny", "--method", "adapter"), "--method adapter: the variants are of LoRA"),
     ],

@@ -45,6 +45,14 @@ def write(path: Path, **settings: object) -> str:
             ["--method", "adapter", "--lora_r", "8", "--use_dora"],
             ["2 things to mend", "--lora_r does nothing", "--use_dora does nothing"],
         ),
+        (
+            ["--method", "full", "-q", "4bit", "--lora_r", "8"],
+            ["2 things to mend", "--quantize_mode is 4bit", "--lora_r does nothing"],
+        ),
+        (
+            ["--method", "adapter", "--sharding", "zero3", "--lora_r", "8"],
+            ["2 things to mend", "--sharding zero3 is for", "--lora_r does nothing"],
+        ),
         (["--adapter_first_block", "1"], ["--adapter_first_block does nothing with --method lora"]),
         (["--lora_slices", "querry"], ["did you mean query?"]),
         (["-q", "5bit"], ["-q: '5bit' is not one of 4bit, 8bit, 16bit"]),
