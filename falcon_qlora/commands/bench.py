@@ -100,6 +100,7 @@ def main(argv: list[str], *, whole_runs: Any = scaling.whole_runs) -> int:
         commands = (f"{name:<30} {command.what}" for name, command in scaling.COMMANDS.items())
         print("\n".join(["", "with --gpus:", *commands]))
         return 0
+    refuse(_idle(configuration))
     if wanted.csv:
         check_csv(Path(wanted.csv))
     if wanted.plot:
@@ -114,13 +115,6 @@ def main(argv: list[str], *, whole_runs: Any = scaling.whole_runs) -> int:
 
         _look_at_rows(configuration)
         return run(configuration, models, whole_runs)
-    refuse(
-        [
-            f"--{name} is a setting of --gpus: give that too, such as --gpus 1,2"
-            for name in _WITH_GPUS
-            if name in configuration.explicit
-        ]
-    )
     lora = _lora(configuration)
     chosen = None if wanted.variants is None else names("--variants", wanted.variants)
     variants = choose(chosen, on_data="dataset_name" in configuration.explicit)
@@ -132,6 +126,24 @@ def main(argv: list[str], *, whole_runs: Any = scaling.whole_runs) -> int:
     say_loading(aside=True)
     quiet_libraries()
     return _bench(configuration, lora, models, variants, sizes, pace)
+
+
+def _idle(configuration: Configuration) -> list[str]:
+    """What is wrong with flags that would change nothing."""
+    wanted, given = configuration.extra, configuration.explicit
+    if wanted.gpus is None:
+        with_gpus = [name for name in _WITH_GPUS if name in given]
+        return [f"--{name} is a setting of --gpus: give that too, such as --gpus 1,2" for name in with_gpus]
+    faults = []
+    if "rounds" in given:
+        faults.append("--rounds does nothing with --gpus, which measures every row once: drop it")
+    if "global_tokens" in given and wanted.fixed != "global":
+        faults.append(
+            f"--global_tokens does nothing with --fixed {wanted.fixed}: give --fixed global, or drop it"
+        )
+    if "lengths" in given and "dataset_name" in given:
+        faults.append("--lengths does nothing with --dataset_name, whose rows have their own: drop it")
+    return faults
 
 
 def _look_at_rows(configuration: Configuration) -> None:

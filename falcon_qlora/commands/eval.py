@@ -53,6 +53,8 @@ def main(argv: list[str]) -> int:
     wanted: EvalArguments = configuration.extra
     if wanted.tasks and importlib.util.find_spec("lm_eval") is None:
         raise UserError("--tasks needs lm-evaluation-harness: pip install 'falcon-qlora[lm-eval]'")
+    if wanted.tasks and wanted.most_tokens is not None:
+        raise UserError("--most_tokens does nothing with --tasks, which have their own text: drop it")
     if wanted.results:
         check_writable(Path(wanted.results), "--results")
     if not wanted.tasks and "dataset_name" not in named and configuration.data.eval_split is None:

@@ -294,6 +294,12 @@ def test_a_whole_run_counts_the_steps_left_out(tmp_path: Path) -> None:
         (("--gpus", "1", "--tokens", "1000"), "--tokens 1000: must be a multiple of 512"),
         (("--gpus", "1", "--fixed", "global", "--global_tokens", "3000"), "--global_tokens 3000: must be a"),
         (("--gpus", "1", "--whole_run", "--cache_dir", "rows"), "--whole_run starts with an empty cache"),
+        (("--gpus", "1", "--rounds", "2"), "--rounds does nothing with --gpus"),
+        (("--gpus", "1", "--global_tokens", "512"), "--global_tokens does nothing with --fixed work"),
+        (
+            ("--gpus", "1", "--lengths", "even", "--dataset_name", "sample"),
+            "--lengths does nothing with --da",
+        ),
         (("--lengths", "uneven"), "--lengths is a setting of --gpus"),
         (("--fixed", "global", "--lengths", "uneven", "--whole_run"), "3 things to mend\n  --fixed is a"),
         (

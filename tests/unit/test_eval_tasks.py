@@ -117,11 +117,12 @@ def test_tasks_are_run_on_the_base_with_the_adapter(
     ("tasks", "told"),
     [
         ("arc_eazy", "has no 'arc_eazy' (did you mean arc_easy?)"),
+        ("hellaswag --most_tokens 9", "--most_tokens does nothing with --tasks"),
         ("hellaswag,unreachable", "Couldn't reach 'some/data'"),
     ],
 )
 def test_tasks_that_cannot_run_are_told(tasks: str, told: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["eval", "-m", "tiny", "--max_length", "128", "--tasks", tasks]) == 2
+    assert cli.main(["eval", "-m", "tiny", "--max_length", "128", "--tasks", *tasks.split()]) == 2
     assert told in capsys.readouterr().err
 
 
