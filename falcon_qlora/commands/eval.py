@@ -60,7 +60,7 @@ def main(argv: list[str]) -> int:
     if wanted.tasks and wanted.most_tokens is not None:
         raise UserError("--most_tokens does nothing with --tasks, which have their own text: drop it")
     if wanted.results:
-        check_writable(Path(wanted.results), "--results")
+        check_writable(Path(wanted.results), "--results", whole=True)
     if not wanted.tasks and "dataset_name" not in named and configuration.data.eval_split is None:
         raise UserError("no text to measure on: name it with --dataset_name FILE")
 
