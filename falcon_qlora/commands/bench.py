@@ -24,6 +24,7 @@ from falcon_qlora.common.files import check_writable
 from falcon_qlora.common.quantities import counted
 from falcon_qlora.common.settings import setting, settings_of
 from falcon_qlora.config import Configuration, parse
+from falcon_qlora.config.parser import refuse
 from falcon_qlora.methods.lora import Lora
 from falcon_qlora.processes.watchdog import end_native_code_after
 from falcon_qlora.terminal.library_logging import quiet_libraries
@@ -99,6 +100,7 @@ def main(argv: list[str], *, whole_runs: Any = scaling.whole_runs) -> int:
         commands = (f"{name:<30} {command.what}" for name, command in scaling.COMMANDS.items())
         print("\n".join(["", "with --gpus:", *commands]))
         return 0
+    refuse(_idle(configuration))
     if wanted.csv:
         check_csv(Path(wanted.csv))
     if wanted.plot:
@@ -113,9 +115,6 @@ def main(argv: list[str], *, whole_runs: Any = scaling.whole_runs) -> int:
 
         _look_at_rows(configuration)
         return run(configuration, models, whole_runs)
-    for name in _WITH_GPUS:
-        if name in configuration.explicit:
-            raise UserError(f"--{name} is a setting of --gpus: give that too, such as --gpus 1,2")
     lora = _lora(configuration)
     chosen = None if wanted.variants is None else names("--variants", wanted.variants)
     variants = choose(chosen, on_data="dataset_name" in configuration.explicit)
@@ -127,6 +126,24 @@ def main(argv: list[str], *, whole_runs: Any = scaling.whole_runs) -> int:
     say_loading(aside=True)
     quiet_libraries()
     return _bench(configuration, lora, models, variants, sizes, pace)
+
+
+def _idle(configuration: Configuration) -> list[str]:
+    """What is wrong with flags that would change nothing."""
+    wanted, given = configuration.extra, configuration.explicit
+    if wanted.gpus is None:
+        with_gpus = [name for name in _WITH_GPUS if name in given]
+        return [f"--{name} is a setting of --gpus: give that too, such as --gpus 1,2" for name in with_gpus]
+    faults = []
+    if "rounds" in given:
+        faults.append("--rounds does nothing with --gpus, which measures every row once: drop it")
+    if "global_tokens" in given and wanted.fixed != "global":
+        faults.append(
+            f"--global_tokens does nothing with --fixed {wanted.fixed}: give --fixed global, or drop it"
+        )
+    if "lengths" in given and "dataset_name" in given:
+        faults.append("--lengths does nothing with --dataset_name, whose rows have their own: drop it")
+    return faults
 
 
 def _look_at_rows(configuration: Configuration) -> None:
@@ -154,14 +171,16 @@ def _lora(configuration: Configuration) -> Lora:
     lora, explicit = configuration.method, configuration.explicit
     if not isinstance(lora, Lora):
         raise UserError(f"--method {lora.name}: the variants are of LoRA; --gpus measures the other methods")
+    faults: list[str] = []
     for each in settings_of(Lora):
         of_recipe = explicit.get(each.name, "recipe ").startswith("recipe ")
         is_free = each.name in ("lora_r", "lora_alpha", "lora_dropout")
         if not (is_free or of_recipe or getattr(lora, each.field) == each.default):
-            raise UserError(
+            faults.append(
                 f"--{each.name}: the variants train plain LoRA on all linears; --gpus measures it with the "
                 "other settings"
             )
+    refuse(faults)
     return lora
 
 

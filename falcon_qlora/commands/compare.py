@@ -29,6 +29,7 @@ from falcon_qlora.compare.figures import Compared
 from falcon_qlora.compare.finished import runs_in
 from falcon_qlora.compare.plan import METHODS, Planned
 from falcon_qlora.config.arguments import LaunchArguments
+from falcon_qlora.config.parser import refuse
 from falcon_qlora.processes import launcher
 from falcon_qlora.processes.stop_signals import stop_signals_to
 from falcon_qlora.run_folder.choose import RUNS, choose
@@ -75,9 +76,13 @@ def _folder(output_dir: str | None, *, model: str) -> Path:
 
 def _side_by_side(folders: list[Path], given: dict[str, Any]) -> int:
     """Compare finished runs."""
-    for name in given:
-        if name not in ("output_dir", "overwrite"):
-            raise UserError(f"--{name} does nothing where finished runs are compared: drop it")
+    refuse(
+        [
+            f"--{name} does nothing where finished runs are compared: drop it"
+            for name in given
+            if name not in ("output_dir", "overwrite")
+        ]
+    )
     runs = runs_in(folders)
     folder = _folder(given.get("output_dir"), model=f"{len(runs)}-runs")
     if (folder / report.TABLE).exists() and not given.get("overwrite"):

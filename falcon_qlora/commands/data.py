@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from falcon_qlora.common.errors import UserError, printable
+from falcon_qlora.common.files import check_writable
 from falcon_qlora.common.quantities import counted
 from falcon_qlora.common.settings import setting
 from falcon_qlora.config import Configuration, parse
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 # Documents looked at in a stream, which may have no end.
 _STREAMED_DOCUMENTS = 1000
+_PICTURES = Path("runs") / "data"
 
 
 @dataclass(kw_only=True)
@@ -39,6 +41,8 @@ class DataReportArguments:
 def main(argv: list[str]) -> int:
     """Run the command and return its exit status."""
     configuration = parse(argv, verb="data", extra_arguments=DataReportArguments)
+    wanted: DataReportArguments = configuration.extra
+    check_writable(Path(wanted.png) if wanted.png else _PICTURES / "lengths.png", "--png")
     # Only now, so that a wrong flag is reported at once.
     end_native_code_after(configuration.run.hang_minutes)
     say_loading()
@@ -63,15 +67,9 @@ def main(argv: list[str]) -> int:
         out.print(part)
     out.print()
     out.print(report.histogram_text(lengths))
-    wanted: DataReportArguments = configuration.extra
-    file = Path(wanted.png) if wanted.png else Path("runs") / "data" / f"{name}.png"
+    file = Path(wanted.png) if wanted.png else _PICTURES / f"{name}.png"
     title = ", ".join(Path(each).name or each for each in configuration.data.dataset_name)
-    try:
-        report.draw_histogram(lengths, configuration.data.max_length, file, title=title)
-    except OSError as error:
-        raise UserError(
-            f"{file}: the picture cannot be written ({error.strerror}); name a file with --png"
-        ) from None
+    report.draw_histogram(lengths, configuration.data.max_length, file, title=title)
     out.print(f"\nwrote {printable(str(file))}", soft_wrap=True)
     return 0
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from falcon_qlora.common.errors import UserError, printable
+from falcon_qlora.common.files import check_writable
 from falcon_qlora.common.quantities import GIB, counted, duration, passes, sized
 from falcon_qlora.common.settings import setting
 from falcon_qlora.config import Configuration, parse
@@ -78,6 +79,8 @@ def main(argv: list[str]) -> int:
     wanted: EstimateArguments = configuration.extra
     if wanted.plot is not None and not wanted.table:
         raise UserError("--plot draws what --table lists: give --table too")
+    if wanted.plot is not None:
+        check_writable(Path(wanted.plot), "--plot")
     card = None if wanted.gpu is None else card_of(wanted.gpu)
     if wanted.table:
         from falcon_qlora.commands import estimate_table

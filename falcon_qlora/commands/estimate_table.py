@@ -163,12 +163,9 @@ def _draw(rows: list[Row], cards: list[Card], file: Path) -> None:
     marks: dict[float, str] = {}
     for card in cards:
         marks[card.gib] = f"{marks[card.gib]}, {card.name}" if card.gib in marks else card.name
-    try:
-        draw_ranges(
-            ranges,
-            file,
-            axis="GiB of the card, estimated: everything recomputed from CPU memory, to everything kept",
-            marks=marks,
-        )
-    except OSError as error:
-        raise UserError(f"--plot {file}: cannot be written ({error.strerror})") from None
+    draw_ranges(
+        ranges,
+        file,
+        axis="GiB of the card, estimated: everything recomputed from CPU memory, to everything kept",
+        marks=marks,
+    )

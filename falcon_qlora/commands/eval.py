@@ -40,7 +40,11 @@ class EvalArguments:
     _argument_group_name = "Evaluation"
 
     adapter: str | None = setting(None, "Folder of a trained adapter, or of the run that made it.")
-    most_tokens: int | None = setting(None, "Measure on at most so many tokens; unset: all.", least=2)
+    most_tokens: int | None = setting(
+        None,
+        "Measure on the first whole documents of at most so many tokens, one at least; unset: all.",
+        least=2,
+    )
     tasks: list[str] | None = setting(
         None, "Run these tasks of lm-evaluation-harness instead, such as arc_easy,hellaswag."
     )
@@ -53,8 +57,10 @@ def main(argv: list[str]) -> int:
     wanted: EvalArguments = configuration.extra
     if wanted.tasks and importlib.util.find_spec("lm_eval") is None:
         raise UserError("--tasks needs lm-evaluation-harness: pip install 'falcon-qlora[lm-eval]'")
+    if wanted.tasks and wanted.most_tokens is not None:
+        raise UserError("--most_tokens does nothing with --tasks, which have their own text: drop it")
     if wanted.results:
-        check_writable(Path(wanted.results), "--results")
+        check_writable(Path(wanted.results), "--results", whole=True)
     if not wanted.tasks and "dataset_name" not in named and configuration.data.eval_split is None:
         raise UserError("no text to measure on: name it with --dataset_name FILE")
 
@@ -106,7 +112,8 @@ def _measure(
     tokenizer = tokenizer_of(source)
     _take_trained_template(configuration, record, tokenizer, all_rows=all_rows)
     text = rows_of(configuration, tokenizer) if all_rows else held_out_text(configuration, tokenizer, run)
-    for each in text.notes:
+    most_tokens = configuration.extra.most_tokens
+    for each in text.told("--most_tokens", most_tokens):
         note_aside(each)
     # Only now: what is wrong with the rows is told without them.
     import torch
@@ -117,7 +124,7 @@ def _measure(
     batches = batches_of(
         text,
         max_tokens=configuration.data.max_length * configuration.run.per_device_train_batch_size,
-        most_tokens=configuration.extra.most_tokens,
+        most_tokens=most_tokens,
     )
     model, kernels = load_measured(source, run)
     losses, counted = [], []

@@ -57,6 +57,10 @@ def main(argv: list[str]) -> int:
         raise UserError("--chat asks for its own prompts: leave out --prompt, --prompt_file and --compare")
     if wanted.compare and not wanted.adapter:
         raise UserError("--compare needs --adapter: it answers without the adapter and with it")
+    if "top_p" in configuration.explicit and wanted.temperature == 0:
+        raise UserError(
+            "--top_p does nothing with --temperature 0, which draws nothing: give --temperature 1, or drop it"
+        )
     folder = adapter_folder(wanted.adapter) if wanted.adapter else None
     prompts = _prompts(wanted)
 

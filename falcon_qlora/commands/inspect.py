@@ -42,7 +42,8 @@ def main(argv: list[str]) -> int:
     as_markdown = "--markdown" in argv
     argv = [word for word in argv if word != "--markdown"]
     if unknown := [word for word in argv if word.startswith("-")]:
-        raise UserError(f"unknown flag {unknown[0]}: inspect takes --markdown alone")
+        flags = f"unknown flag{'s' * (len(unknown) > 1)} {', '.join(unknown)}"
+        raise UserError(f"{flags}: inspect takes --markdown alone")
     if len(argv) != 1 or not argv[0]:
         raise UserError("name one folder: falcon-qlora inspect DIR [--markdown]")
 

@@ -14,6 +14,7 @@ from falcon_qlora import config
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.common.files import CACHE, try_to_write, user_cache
 from falcon_qlora.config.arguments import LaunchArguments
+from falcon_qlora.config.parser import refuse
 from falcon_qlora.processes import launcher, scheduler
 
 # On these, torchrun's agent ends the workers. The launcher handles the signals that ask a run to stop.
@@ -52,9 +53,14 @@ def check(launch: LaunchArguments) -> None:
             f"--nnodes {launch.nnodes}: say where the nodes meet, with --rdzv_backend c10d --rdzv_endpoint "
             "HOST:PORT, or with --master_addr, --master_port and --node_rank"
         )
-    for name in ("node_rank", "master_port", "rdzv_backend", "rdzv_id", "rdzv_conf", "local_addr"):
-        if on_one_node(launch) and getattr(launch, name) is not None:
-            raise UserError(f"--{name} is a setting of several nodes, and this run has --nnodes 1: drop it")
+    several = ("node_rank", "master_port", "rdzv_backend", "rdzv_id", "rdzv_conf", "local_addr")
+    refuse(
+        [
+            f"--{name} is a setting of several nodes, and this run has --nnodes 1: drop it"
+            for name in several
+            if on_one_node(launch) and getattr(launch, name) is not None
+        ]
+    )
 
 
 def on_one_node(launch: LaunchArguments) -> bool:

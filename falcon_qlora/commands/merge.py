@@ -64,7 +64,11 @@ class MergeArguments:
     max_kl_divergence: float = setting(
         0.1, "Refuse a merge further than this from the adapter, nats a token.", least=0
     )
-    held_out_tokens: int = setting(16384, "Measure on at most so many tokens of the held-out text.", least=2)
+    held_out_tokens: int = setting(
+        16384,
+        "Measure on the first whole held-out documents of at most so many tokens, one at least.",
+        least=2,
+    )
 
 
 def main(argv: list[str]) -> int:
@@ -126,7 +130,7 @@ def _merge(
     tokenizer = tokenizer_of(source)
     check_vocabulary(tokenizer, request.config.vocab_size, name=request.checkpoint.name)
     text = held_out_text(configuration, tokenizer, run)
-    for each in text.notes:
+    for each in text.told("--held_out_tokens", configuration.extra.held_out_tokens):
         note(each)
     if configuration.data.eval_split is None:
         note(

@@ -313,12 +313,13 @@ def nearest_existing(folder: Path) -> Path:
     return next(each for each in (folder, *folder.absolute().parents) if each.exists())
 
 
-def check_writable(file: Path, flag: str) -> None:
+def check_writable(file: Path, flag: str, *, whole: bool = False) -> None:
     """Refuse an output file that cannot be written, before the work begins.
 
     Args:
         file: it need not exist, nor its folder.
         flag: the one that named it.
+        whole: it is written as by `write_text`, which puts another in its place.
 
     Raises:
         UserError: naming both.
@@ -326,7 +327,9 @@ def check_writable(file: Path, flag: str) -> None:
     try:
         if file.is_dir():
             raise UserError(f"{flag} {file}: this is a folder; name a file")
-        if file.exists():
+        if whole and file.exists() and not file.is_file():
+            raise UserError(f"{flag} {file}: this is no file that can be replaced; name another")
+        if file.exists() and not whole:
             with file.open("ab"):
                 pass
         else:

@@ -10,6 +10,7 @@ from typing import Any
 from falcon_qlora.common.errors import UserError, nearest
 from falcon_qlora.common.files import plain
 from falcon_qlora.config import Configuration, as_words, configure, to_be_written
+from falcon_qlora.config.parser import refuse
 from falcon_qlora.config.paths import settings_of_run
 from falcon_qlora.config.trainer_arguments import INSTEAD
 from falcon_qlora.methods import table as methods
@@ -91,12 +92,18 @@ def plan(
     if not chosen:
         raise UserError(f"--methods names none; give some of {', '.join(METHODS)}")
     recipe_of, rate_of = _pairs(recipes, "--recipes"), _pairs(learning_rates, "--learning_rates")
-    for flag, pairs in (("--recipes", recipe_of), ("--learning_rates", rate_of)):
-        for name in pairs.keys() - set(chosen):
-            raise UserError(f"{flag}: {name} is not among --methods")
-    for key in given:
-        if not any(_concerns(key, name) for name in chosen):
-            raise UserError(f"--{key} does nothing with --methods {','.join(chosen)}")
+    faults = [
+        f"{flag}: {name} is not among --methods"
+        for flag, pairs in (("--recipes", recipe_of), ("--learning_rates", rate_of))
+        for name in pairs
+        if name not in chosen
+    ]
+    faults += [
+        f"--{key} does nothing with --methods {','.join(chosen)}"
+        for key in given
+        if not any(_concerns(key, name) for name in chosen)
+    ]
+    refuse(faults)
     planned: list[Planned] = []
     refused: dict[str, str] = {}
     for name in chosen:

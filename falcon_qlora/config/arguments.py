@@ -193,7 +193,11 @@ class RunArguments:
     )
     num_train_epochs: float = setting(1.0, "Passes over the data.", above=0)
     max_steps: int = setting(
-        -1, "Optimizer steps; wins over the number of epochs where positive.", "-s", "--steps"
+        -1,
+        "Optimizer steps, instead of --num_train_epochs; -1: as many as those take. Of the two a flag wins "
+        "over a file, which wins over a recipe; in one file the steps win, and two flags are refused.",
+        "-s",
+        "--steps",
     )
     per_device_train_batch_size: int = setting(
         4,

@@ -187,8 +187,9 @@ def read_flags(
         told = ", ".join(f"--{name}" for name in unused)
         manner = VERBS[verb].manner(given, unused)
         print(f"note: falcon-qlora {verb}{manner} does not use {told}", file=sys.stderr)
-    launch = {each.name for each in settings_of(LaunchArguments)}.intersection(unused)
-    return {name: value for name, value in given.items() if name not in launch}
+    # Where `resume` is not used, the settings of that run are not read either.
+    dropped = {"resume", *(each.name for each in settings_of(LaunchArguments))}.intersection(unused)
+    return {name: value for name, value in given.items() if name not in dropped}
 
 
 def configure(

@@ -83,11 +83,12 @@ def _settle_compute_dtype(values: Values, laid: Laid) -> None:
 def _settle_method(values: Values, laid: Laid) -> None:
     """Apply what the method needs of the base; refuse flags of other methods, which would have no effect."""
     method, of_method = METHODS[values["method"]], _rank(laid, "method")
+    faults: list[str] = []
     if method.needs_16bit and values["quantize_mode"] != "16bit":
         if _rank(laid, "quantize_mode") >= of_method:
             adapter = ", or train an adapter on the quantized base, such as --method lora"
             adapter *= values["sharding"] != "zero3"
-            raise UserError(
+            faults.append(
                 f"{laid['quantize_mode'][1].where('quantize_mode')} is {values['quantize_mode']}, but "
                 f"--method {method.name} {method.needs_16bit}: give --quantize_mode 16bit{adapter}"
             )
@@ -96,7 +97,7 @@ def _settle_method(values: Values, laid: Laid) -> None:
         advice = "--sharding fsdp shares out the frozen weights under an adapter"
         if values["offload_base"] or values["use_dora"]:  # which exclude that
             advice = "drop it"
-        raise UserError(f"--sharding zero3 is for --method full: {advice}")
+        faults.append(f"--sharding zero3 is for --method full: {advice}")
     if values["new_tokens"]:
         values["new_tokens"] = named_tokens(values["new_tokens"])  # a run records the tokens, not their file
     own = {each.name: each for each in settings_of(method)}
@@ -105,13 +106,13 @@ def _settle_method(values: Values, laid: Laid) -> None:
             mine, other = _rank(laid, name), _rank(laid, each.alternative)
             if mine != other:
                 values[name if other > mine else each.alternative] = None
-    idle = [
+    faults += [
         f"--{name} does nothing with --method {method.name}: drop it"
         for name, (_, layer) in laid.items()
         if layer.origin == FLAG and name in method_settings() and name not in own
     ]
-    if idle:
-        raise UserError(*idle)
+    if faults:
+        raise UserError(*faults)
 
 
 def _settle_checkpointing(values: Values, laid: Laid) -> None:

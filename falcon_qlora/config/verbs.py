@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from falcon_qlora.common.settings import settings_of
 from falcon_qlora.config.arguments import DataArguments, ModelArguments, our_settings
@@ -29,9 +30,15 @@ _OPENED = _names(ModelArguments) | {"device", "offload_base"}
 _START = frozenset({"adapter", "adapter_sha256"})
 _ORDER = frozenset("packing padding train_sampling_strategy streaming".split())  # these change no document
 _ROWS = _names(DataArguments) - _ORDER | {"hang_minutes"}
+_OF_ROWS = _ROWS - {"dataset_name", "max_length", "hang_minutes"} | {"tokenizer_name_or_path"}
 _QUANTIZING = frozenset("quantize_mode double_quantization compute_dtype device output_dir overwrite".split())
 _NEW_TOKENS = frozenset({"method", "new_tokens"})
-_LENGTH = frozenset("max_steps num_train_epochs streaming resume".split())
+_LENGTH = frozenset("max_steps num_train_epochs streaming".split())
+_BATCH = frozenset("per_device_train_batch_size gradient_accumulation_steps global_batch_size".split())
+_PLACED = frozenset(
+    "quantize_mode double_quantization compute_dtype bf16 fp16 kernels checkpointing gradient_checkpointing "
+    "sharding offload_base optim batch_tokens".split()
+)
 # A bench of whole commands sets these itself, or they would make its figures another recipe's.
 BENCH_SETS = frozenset(
     "recipe compute_dtype per_device_train_batch_size global_batch_size gradient_accumulation_steps "
@@ -49,7 +56,7 @@ class Verb:
         summary: what it is for, in a line.
         uses: returns the names of the shared settings that change what it does; methods add some of them.
         uses_with: a setting with which the command does something else, and what it uses then.
-        only_with: a setting, and those of `uses` that do nothing without it.
+        only_with: settings, and those of `uses` that do nothing without one of these; the first is told.
         means: shared settings that mean something else here, or have another default: their line of help.
         refuses: shared settings that contradict what it does, and what to give instead.
         more: further lines of its help page.
@@ -66,23 +73,30 @@ class Verb:
     more: str = ""
     examples: tuple[str, ...]
 
-    def unused(self, given: Iterable[str], own: Iterable[str]) -> list[str]:
+    def unused(self, given: Mapping[str, Any], own: Iterable[str]) -> list[str]:
         """The given settings that change nothing in this command; its own settings all do something."""
-        given = set(given)
         uses = self.uses()
-        if self.uses_with is not None and self.uses_with[0] in given:
+        if self.uses_with is not None and _is_on(given, self.uses_with[0]):
             uses = self.uses_with[1]()
-        if self.only_with is not None and self.only_with[0] not in given:
-            uses -= self.only_with[1]
-        return sorted(given - set(own) - uses)
+        return sorted(given.keys() - set(own) - (uses - self._idle(given)))
 
-    def manner(self, given: Iterable[str], unused: Iterable[str]) -> str:
+    def manner(self, given: Mapping[str, Any], unused: Iterable[str]) -> str:
         """Words for the manner of the command in which these settings are unused; empty if it has one."""
-        if self.uses_with is not None and self.uses_with[0] in set(given):
+        if self.uses_with is not None and _is_on(given, self.uses_with[0]):
             return f" with --{self.uses_with[0]}"
-        if self.only_with is not None and self.only_with[0] not in set(given):
-            return f" without --{self.only_with[0]}" if self.only_with[1].intersection(unused) else ""
+        if self.only_with is not None and self._idle(given).intersection(unused):
+            return f" without --{self.only_with[0].split()[0]}"
         return ""
+
+    def _idle(self, given: Mapping[str, Any]) -> frozenset[str]:
+        """Those of `uses` that do nothing, as what they need is not given."""
+        if self.only_with is None or any(_is_on(given, name) for name in self.only_with[0].split()):
+            return frozenset()
+        return self.only_with[1]
+
+
+def _is_on(given: Mapping[str, Any], name: str) -> bool:
+    return given.get(name) not in (None, False)
 
 
 _NOT_COMPARED = {
@@ -121,8 +135,12 @@ VERBS: Mapping[str, Verb] = {
             name="data",
             summary="show what the model will see: rendered rows, lengths, what is dropped",
             uses=lambda: _FILES | _TOKENIZER | _START | _ROWS | _ORDER | _NEW_TOKENS
-            | {"seed", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps"}
-            | {"global_batch_size"},
+            | _BATCH | {"seed", "max_steps"},
+            uses_with=(
+                "streaming",
+                lambda: VERBS["data"].uses() - _BATCH - {"packing", "padding", "cache_dir"},
+            ),
+            only_with=("streaming config recipe", frozenset({"max_steps"})),
             examples=(f"{_SAMPLE} --show 1",),
         ),
         Verb(
@@ -146,8 +164,15 @@ VERBS: Mapping[str, Verb] = {
         Verb(
             name="estimate",
             summary="say what a training would take: memory, whether a card holds it, tokens/s, hours",
-            uses=_all,
-            uses_with=("table", lambda: _all() - (_ROWS - {"max_length", "hang_minutes"}) - _START - _LENGTH),
+            uses=lambda: _FILES | _TOKENIZER | _START | _ROWS - {"dataset_num_proc"} | _ORDER | _LENGTH
+            | _BATCH | _PLACED | method_settings().keys() | {"method", "seed", "resume", "output_dir"},
+            uses_with=(
+                "table",
+                lambda: _FILES | _BATCH | _PLACED | method_settings().keys()
+                | set("model_name_or_path model_revision max_length packing method resume".split())
+                | {"output_dir", "hang_minutes"},
+            ),
+            only_with=("resume", frozenset({"output_dir"})),
             more="It needs no GPU, no network and no weights; all figures are estimates.",
             examples=(f"{_SAMPLE} --gpu 3090", "-m random:falcon-7b --max_steps 100", "--table --gpu 24GiB"),
         ),
@@ -155,6 +180,7 @@ VERBS: Mapping[str, Verb] = {
             name="generate",
             summary="answer a prompt with a base model and an adapter",
             uses=lambda: _FILES | _OPENED | {"template", "dataset_format", "seed", "hang_minutes"},
+            only_with=("temperature", frozenset({"seed"})),
             means=_ADAPTERS_OWN,
             more="The prompt is written with the template of the training unless --template names another.",
             examples=('--adapter runs/first --prompt "What is a falcon?"', "-m tiny --prompt Once"),
@@ -173,6 +199,7 @@ VERBS: Mapping[str, Verb] = {
             uses=lambda: _FILES | _TOKENIZER | _ROWS
             | {"device", "max_steps", "seed", "lora_r", "lora_alpha", "method"},
             uses_with=("gpus", lambda: _all() - BENCH_SETS),
+            only_with=("dataset_name gpus config recipe", _OF_ROWS),
             more="Here --steps are the timed ones (10), and --max_length is a document's tokens (512).",
             examples=("-m tiny --variants reference,ours --tokens 512 --steps 1 --warmup 1",),
         ),
@@ -195,6 +222,10 @@ VERBS: Mapping[str, Verb] = {
             name="eval",
             summary="perplexity and answer loss of a base model, an adapter or a merge",
             uses=lambda: _FILES | _OPENED | _ROWS | {"seed", "per_device_train_batch_size"},
+            uses_with=(
+                "tasks",
+                lambda: _FILES | _OPENED | {"hang_minutes", "max_length", "per_device_train_batch_size"},
+            ),
             means=_MEASURED,
             more=_RUNS_OWN,
             examples=("--adapter runs/first --dataset_name sample --most_tokens 4096",),

@@ -29,20 +29,26 @@ class Needed:
     """What a run needs of the disk, at most.
 
     Attributes:
-        bytes: of all.
+        adapter_bytes: of the adapter at the end.
         checkpoints: that lie there at once, while a new one is written.
         checkpoint_bytes: of each.
     """
 
-    bytes: int
+    adapter_bytes: int
     checkpoints: int
     checkpoint_bytes: int
 
+    @property
+    def bytes(self) -> int:
+        """Of all."""
+        return self.checkpoints * self.checkpoint_bytes + self.adapter_bytes + _SMALL_FILES
+
     def __str__(self) -> str:
-        if not self.checkpoints:
-            return f"{sized(self.bytes)} for the adapter"
-        count = f"{counted(self.checkpoints, 'checkpoint')} of {sized(self.checkpoint_bytes)}"
-        return f"at most {sized(self.bytes)}: {count} at once, and the adapter"
+        count = f"{counted(self.checkpoints, 'checkpoint')} of {sized(self.checkpoint_bytes)} at once, "
+        return (
+            f"at most {sized(self.bytes)}: {count * (self.checkpoints > 0)}the adapter of "
+            f"{sized(self.adapter_bytes)} and {sized(_SMALL_FILES)} for small files"
+        )
 
 
 def check_disk(
@@ -144,7 +150,7 @@ def predicted_bytes(
     at_once = saves if limit is None else min(saves, limit + 1 + keeps_best)
     weights, small = int(trainable * bytes_each), _SMALL_FILES_OF_CHECKPOINT + with_tokenizer * _SMALL_FILES
     each = weights + int(trainable * state) + small
-    return Needed(at_once * each + weights + _SMALL_FILES, at_once, each)
+    return Needed(weights, at_once, each)
 
 
 def _saves(training: Any, steps: int) -> int:

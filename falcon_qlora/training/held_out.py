@@ -40,6 +40,14 @@ class HeldOutText:
     is_the_runs_own: bool = False
     notes: tuple[str, ...] = ()
 
+    def told(self, flag: str, most_tokens: int | None) -> list[str]:
+        """The notes, with one where the first document alone has more tokens than `flag` says."""
+        first = int(self.lengths[0])
+        if most_tokens is None or first <= most_tokens:
+            return [*self.notes]
+        more = f"{flag} {most_tokens:,}: the first document has {first:,} tokens, and is measured whole"
+        return [*self.notes, more]
+
 
 def held_out_text(configuration: Configuration, tokenizer: Any, run: RunDirectory | None) -> HeldOutText:
     """What ``--eval_split`` names, or the run held out; without either, text that comes with the package.

@@ -13,6 +13,7 @@ from falcon_qlora.common.fp8 import fp8_excludes
 from falcon_qlora.common.settings import Setting, settings_of
 from falcon_qlora.config import Configuration, ModelArguments
 from falcon_qlora.config.arguments import RunArguments
+from falcon_qlora.config.parser import refuse
 from falcon_qlora.config.paths import settings_of_run
 from falcon_qlora.inference.base_and_adapter import adapter_folder
 from falcon_qlora.methods.interface import Method
@@ -125,22 +126,22 @@ def _method(configuration: Configuration, trained: Method, folder: Path, config:
     asked, explicit = configuration.method, configuration.explicit
     named = {name for name, origin in explicit.items() if not origin.startswith("recipe ")}
     if "method" in named and asked.name != trained.name:
-        raise _contradiction("method", explicit["method"], asked.name, folder, trained.name)
+        raise UserError(_contradiction("method", explicit["method"], asked.name, folder, trained.name))
     kept: dict[str, Any] = {}
+    faults: list[str] = []
     has = {each.name: each for each in settings_of(type(trained))}
     for each in settings_of(type(asked)):
         if each.name not in named:
             continue
         value = getattr(asked, each.field)
         if each.name not in has:
-            raise UserError(
-                f"--{each.name} does nothing with {trained.title}, which {folder} was trained with"
-            )
-        if not each.in_weights:
+            faults.append(f"--{each.name} does nothing with {trained.title}, which {folder} was trained with")
+        elif not each.in_weights:
             kept[each.field] = value
         elif not _is_same(each, value, trained, config):
             was = getattr(trained, each.field)
-            raise _contradiction(each.name, explicit[each.name], value, folder, was)
+            faults.append(_contradiction(each.name, explicit[each.name], value, folder, was))
+    refuse(faults)
     method = dataclasses.replace(trained, **kept)
     if configuration.model.compute_dtype == "fp8":
         excluded = fp8_excludes(kernels=configuration.model.kernels, **method.fp8_facts())
@@ -159,10 +160,10 @@ def _is_same(setting: Setting, value: Any, trained: Method, config: Any) -> bool
     return asked.saved_shapes(config) == trained.saved_shapes(config)
 
 
-def _contradiction(name: str, origin: str, value: Any, folder: Path, was: Any) -> UserError:
+def _contradiction(name: str, origin: str, value: Any, folder: Path, was: Any) -> str:
     where = f"--{name}" if origin == "flag" else f"{name} in {origin}"
     shown, had = (", ".join(each) if isinstance(each, tuple) else each for each in (value, was))
-    return UserError(
+    return (
         f"{where} is {shown}, but the adapter in {folder} has {had}: leave it out, or train a new adapter "
         "without --adapter"
     )

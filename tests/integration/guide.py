@@ -151,7 +151,7 @@ def words_of(text: str, folder: Path) -> list[str]:
         words += ["--dataset_name", "sample"]
     if verb == "merge" and "--held_out_tokens" not in words:
         words += ["--held_out_tokens", "2048"]
-    if verb == "bench" and "--rounds" not in words:
+    if verb == "bench" and not {"--rounds", "--gpus"} & {*words}:
         words += ["--rounds", "1"]
     if verb == "train":
         words = _short(words) if small != text else words

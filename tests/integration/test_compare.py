@@ -215,6 +215,10 @@ def test_full_is_shared_out_beside_an_adapter_with_an_optimizer_that_goes_with_i
         (["--methods", "lora", "--recipes", "full=lit-full"], "--recipes: full is not among --methods"),
         (["--methods", "lora", "--learning_rates", "lora"], "'lora' is not METHOD=VALUE"),
         (["--methods", "adapter", "--lora_r", "8"], "--lora_r does nothing with --methods adapter"),
+        (
+            ["--methods", "adapter", "--lora_r", "8", "--sharding", "fsdp", "--recipes", "full=lit-full"],
+            "3 things to mend\n  --recipes: full is.*\n  --lora_r does nothing.*\n  --sharding does nothing",
+        ),
         (["--methods", "lora,qlora", "--recipes", "qlora=lit-qlora"], "all methods must see the same rows"),
         (["--methods", "full", "-q", "4bit"], "quantized weights cannot take a step"),
         (["--resume"], "goes on by itself"),
@@ -353,6 +357,7 @@ def test_runs_that_are_there_are_compared_through_the_command(
     for words, message in (
         (["runs/old", "--output_dir", "out"], "holds a comparison already"),
         (["runs/old", "-s", "8"], "--max_steps does nothing where finished runs are compared"),
+        (["runs/old", "-s", "8", "--seeds", "2"], "2 things to mend\n  --max_steps does.*\n  --seeds does"),
         (["runs/new"], "runs/new holds no run .*; runs nearby: runs/old$"),
     ):
         with pytest.raises(UserError, match=message):

@@ -301,6 +301,14 @@ def test_what_is_refused(name: str) -> None:
     assert told in str(caught.value)
 
 
+def test_all_flags_of_several_nodes_are_named_on_one() -> None:
+    with pytest.raises(UserError) as caught:
+        launch_flags.check(LaunchArguments(rdzv_id="x", local_addr="a"))
+    heading, *lines = caught.value.lines
+    assert heading == "2 things to mend"
+    assert [line.split()[0] for line in lines] == ["--rdzv_id", "--local_addr"]
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Rows, a second model and tokenizer, a recipe, and a run to go on from."""

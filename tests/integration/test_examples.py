@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +53,8 @@ class Reads:
         plain = arguments.__getattribute__
 
         def read(part: Any, field: str) -> Any:
-            if field in names and id(part) in self._watched:
+            copies = sys._getframe(1).f_code.co_filename == dataclasses.__file__  # `replace` uses nothing
+            if field in names and id(part) in self._watched and not copies:
                 self.names.add(names[field])
             return plain(part, field)
 
@@ -72,12 +75,18 @@ def reads(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Reads:
 
 @pytest.mark.parametrize(
     ("verb", "more"),
-    [("data", [f"{SAMPLE} --no_packing", f"{SAMPLE} --streaming -s 2"]), ("prepare", []), ("params", [])],
+    [
+        ("data", [f"{SAMPLE} --no_packing", f"{SAMPLE} --streaming -s 2"]),
+        ("prepare", []),
+        ("params", []),
+        ("estimate", [f"{SAMPLE} --no_packing --gpus 2", f"{SAMPLE} --method adapter"]),
+    ],
 )
 def test_what_looks_ahead_runs_as_its_page_says_and_reads_what_it_declares(
     reads: Reads, verb: str, more: list[str]
 ) -> None:
-    check(reads, verb, more)
+    of_training = {"resume", "output_dir", "bf16", "fp16", "gradient_checkpointing"}  # read at the parsing
+    check(reads, verb, more, but=of_training if verb == "estimate" else set())
 
 
 @pytest.mark.slow

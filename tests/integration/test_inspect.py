@@ -310,6 +310,8 @@ def test_folders_that_are_none_of_these(tmp_path, capsys):
         assert capsys.readouterr().err.startswith("error: name one folder: ")
     assert cli.main(["inspect", str(tmp_path), "--makrdown"]) == 2
     assert capsys.readouterr().err == "error: unknown flag --makrdown: inspect takes --markdown alone\n"
+    assert cli.main(["inspect", str(tmp_path), "--md", "-v"]) == 2
+    assert capsys.readouterr().err == "error: unknown flags --md, -v: inspect takes --markdown alone\n"
     assert cli.main(["compare", "", str(tmp_path)]) == 2
     assert capsys.readouterr().err == "error: a folder to compare has an empty name\n"
 

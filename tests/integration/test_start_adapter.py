@@ -292,6 +292,10 @@ def test_what_contradicts_the_adapter_is_refused(tmp_path: Path) -> None:
     for settings, told in (
         ({"lora_r": 8}, "--lora_r is 8, but the adapter in .* has 4"),
         ({"lora_alpha": 32}, "--lora_alpha is 32, but .* has 16"),
+        (
+            {"lora_alpha": 32, "lora_dropout": 0.3, "lora_r": 8},
+            "^2 things to mend\n  --lora_r is 8, but .* has 4: .*\n  --lora_alpha is 32, but .* has 16: .*$",
+        ),
         ({"use_rslora": False}, "--use_rslora is False, but .* has True"),
         ({"use_dora": True}, "--use_dora is True, but .* has False"),
         (

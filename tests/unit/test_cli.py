@@ -99,6 +99,7 @@ TOLD_AT_ONCE = {
     "train --help": "",
     "compare --foo": "unknown flag",
     "bench --plot /": "this is a folder",
+    "data -m tiny --png /": "this is a folder",
     "--help": "",
     "--version": "",
     "nonsense": "unknown command",
@@ -462,6 +463,12 @@ class TestRefusedAtOnce:
             (["trian"], "did you mean train?"),
             (["-m", "tiny", "--output_dir", "a b"], "such as: falcon-qlora train, then the same flags"),
             (["eval", "-m", "tiny", "--results", "/"], "--results /: this is a folder; name a file"),
+            (["eval", "-m", "tiny", "--results", "/dev/null"], "/dev/null: this is no file that can be repl"),
+            (["eval", "-m", "tiny", "--results", "/proc/x/a"], "--results /proc/x/a: cannot write there (No"),
+            (["data", "-m", "tiny", "--png", "/"], "--png /: this is a folder; name a file"),
+            (["data", "-m", "tiny", "--png", "/proc/x/a"], "--png /proc/x/a: cannot write there (No such"),
+            (["estimate", "--table", "--plot", "/"], "--plot /: this is a folder; name a file"),
+            (["estimate", "--table", "--plot", "/proc/x/a"], "--plot /proc/x/a: cannot write there (No such"),
             (["bench", "--csv", "/"], "error: --csv /: this is a folder; name a file"),
         ],
     )
@@ -472,6 +479,15 @@ class TestRefusedAtOnce:
         errors = capsys.readouterr().err
         assert message in errors
         assert errors.count("\n") == 1
+
+    def test_a_picture_without_a_name_has_its_folder_looked_at_too(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "runs").write_text("no folder")
+        assert cli.main(["data", "-m", "tiny", "--dataset_name", "sample"]) == 2
+        told = "error: --png runs/data/lengths.png: cannot write there (Not a directory); name another file\n"
+        assert capsys.readouterr().err == told
 
     def test_under_torchrun(
         self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -45,6 +45,14 @@ def write(path: Path, **settings: object) -> str:
             ["--method", "adapter", "--lora_r", "8", "--use_dora"],
             ["2 things to mend", "--lora_r does nothing", "--use_dora does nothing"],
         ),
+        (
+            ["--method", "full", "-q", "4bit", "--lora_r", "8"],
+            ["2 things to mend", "--quantize_mode is 4bit", "--lora_r does nothing"],
+        ),
+        (
+            ["--method", "adapter", "--sharding", "zero3", "--lora_r", "8"],
+            ["2 things to mend", "--sharding zero3 is for", "--lora_r does nothing"],
+        ),
         (["--adapter_first_block", "1"], ["--adapter_first_block does nothing with --method lora"]),
         (["--lora_slices", "querry"], ["did you mean query?"]),
         (["-q", "5bit"], ["-q: '5bit' is not one of 4bit, 8bit, 16bit"]),
@@ -219,8 +227,24 @@ def test_what_an_adapter_was_trained_on_is_not_known_yet(words: list[str]) -> No
     assert config.parse([*words, "--llm_int8_threshold", "3"]).model.llm_int8_threshold == 3
 
 
-def test_epochs_of_a_flag_unseat_the_steps_of_a_recipe() -> None:
-    assert config.parse(["--recipe", "lambda-7b-4bit", "--num_train_epochs", "2"]).run.max_steps == -1
+def test_of_epochs_and_steps_the_higher_layers_count_and_in_one_file_the_steps(tmp_path: Path) -> None:
+    """As the help of --max_steps says; that two flags are refused is above."""
+    epochs = write(tmp_path / "epochs.yaml", num_train_epochs=2)
+    steps = write(tmp_path / "steps.yaml", max_steps=7)
+    both = write(tmp_path / "both.yaml", max_steps=7, num_train_epochs=2)
+    in_recipe = "--recipe lambda-7b-4bit"  # which has steps
+    assert config.parse(in_recipe.split()).run.max_steps == 50
+    for words, max_steps in (
+        (f"{in_recipe} --num_train_epochs 2", -1),
+        (f"{in_recipe} --config {epochs}", -1),
+        (f"--config {steps} --num_train_epochs 2", -1),
+        (f"--config {both} --num_train_epochs 3", -1),
+        (f"--config {both}", 7),
+        (f"--recipe {both}", 7),
+        (f"--config {epochs} --max_steps 5", 5),
+        (f"--config {both} --max_steps 5", 5),
+    ):
+        assert config.parse(words.split()).run.max_steps == max_steps, words
 
 
 def test_the_settings_of_a_later_release_are_refused(tmp_path: Path) -> None:

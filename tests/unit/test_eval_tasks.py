@@ -117,11 +117,12 @@ def test_tasks_are_run_on_the_base_with_the_adapter(
     ("tasks", "told"),
     [
         ("arc_eazy", "has no 'arc_eazy' (did you mean arc_easy?)"),
+        ("hellaswag --most_tokens 9", "--most_tokens does nothing with --tasks"),
         ("hellaswag,unreachable", "Couldn't reach 'some/data'"),
     ],
 )
 def test_tasks_that_cannot_run_are_told(tasks: str, told: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["eval", "-m", "tiny", "--max_length", "128", "--tasks", tasks]) == 2
+    assert cli.main(["eval", "-m", "tiny", "--max_length", "128", "--tasks", *tasks.split()]) == 2
     assert told in capsys.readouterr().err
 
 
@@ -166,3 +167,27 @@ def test_rows_that_are_named_are_written_with_the_template_of_training(
     assert (f"note: {file}: written with template none, as alpaca, with which" in told) == (rows == "text")
     assert ("0.5" in flags) or f"note: format {rows}, template {template}\n" in told
     assert own == figures("named", "--template", template)
+
+
+def test_a_first_document_of_more_tokens_than_are_asked_for_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Documents are measured whole: as many as have no more tokens together, and the first."""
+    texts = [TEXT, f"{TEXT} {TEXT}", "No."]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    tokenizer = load_tokenizer("tiny")
+    first, second, third = (len(tokenizer(text)["input_ids"]) + 1 for text in texts)  # and the end token
+    for asked, documents, tokens in (
+        (5, 1, first - 1),
+        (first, 1, first - 1),
+        (first + second - 1, 1, first - 1),
+        (first + second, 2, first + second - 2),
+        (1000, 3, first + second + third - 3),
+    ):
+        words = ["--dataset_name", str(tmp_path / "rows.jsonl"), "--results", str(tmp_path / "figures.json")]
+        assert cli.main(["eval", "-m", "tiny", *words, "--most_tokens", str(asked)]) == 0
+        figures = json.loads((tmp_path / "figures.json").read_text())
+        assert (figures["documents"], figures["tokens"]) == (documents, tokens)
+        told = f"note: --most_tokens 5: the first document has {first} tokens, and is measured whole\n"
+        errors = capsys.readouterr().err
+        assert (told in errors) == ("is measured whole" in errors) == (asked == 5)

@@ -403,6 +403,7 @@ def test_a_base_that_does_not_fit_or_runs_out_is_told_to_be_kept_in_cpu_memory(
         (["--compare"], "--adapter"),
         (["--temperature", "-1"], "--temperature"),
         (["--top_p", "0"], "--top_p"),
+        (["--top_p", "0.9"], "--top_p does nothing with --temperature 0"),
         (["--max_new_tokens", "0"], "--max_new_tokens"),
         (["--prompt_file", "/nowhere.json"], "cannot be read"),
         (["--promt", "x"], "did you mean --prompt"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -151,6 +152,18 @@ def test_room_is_counted_for_every_checkpoint_that_lies_there_at_once() -> None:
         assert (found.checkpoints, found.checkpoint_bytes) == (count, 12 * million + small)
     paged = predicted_bytes(million, optimizer="paged_adamw_8bit", saves=1, limit=None)
     assert paged.bytes == 10 * million + 31_250 + small + of_adapter  # two scales of 4 bytes to 256 numbers
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_the_parts_of_what_a_run_needs_of_the_disk_add_up_to_it(count: int) -> None:
+    needed = predicted_bytes(2**20, optimizer="adamw_torch_fused", saves=count, limit=None)
+    # 4 bytes a parameter and Adam's 8 more, 2 MiB of a checkpoint's small files, 16 of the run's.
+    assert needed.bytes == (count * (12 + 2) + 4 + 16) * 2**20
+    total, *parts = map(float, re.findall(r"([\d.]+) MiB", str(needed)))
+    of_checkpoint = parts.pop(0) if count else 0
+    assert total == count * of_checkpoint + sum(parts)
+    assert str(needed).endswith("the adapter of 4.0 MiB and 16.0 MiB for small files")
+    assert ("at once" in str(needed)) == (count > 0)
 
 
 def test_fewer_checkpoints_are_advised_only_where_that_is_enough(

@@ -8,6 +8,9 @@ import shlex
 import pytest
 
 from falcon_qlora import __main__ as cli
+from falcon_qlora.commands.eval import EvalArguments
+from falcon_qlora.commands.generate import GenerateArguments
+from falcon_qlora.config import read_flags
 from falcon_qlora.config.arguments import LaunchArguments
 from falcon_qlora.config.help import COMMON
 from falcon_qlora.config.parser import FalconParser, recipe_names
@@ -93,6 +96,24 @@ def test_the_page_of_train_describes_every_recipe(capsys: pytest.CaptureFixture[
             "note: falcon-qlora bench does not use --kernels, --per_device_train_batch_size\n",
         ),
         (
+            "bench --list_variants --template none --max_rows 2 --max_length 64",
+            "note: falcon-qlora bench without --dataset_name does not use --max_rows, --template\n",
+        ),
+        ("bench --list_variants --template none --dataset_name sample", ""),
+        ("bench --list_variants --template none --gpus 1", ""),
+        (
+            "estimate -m tiny --dataset_name sample -s 2 --dry_run --save_steps 5 --optim sgd",
+            "note: falcon-qlora estimate does not use --dry_run, --save_steps\n",
+        ),
+        (
+            "estimate -m tiny --dataset_name sample -s 2 --output_dir runs/x --overwrite",
+            "note: falcon-qlora estimate without --resume does not use --output_dir, --overwrite\n",
+        ),
+        (
+            "estimate --table -m tiny --gpu t4 -q 4bit --seed 2 --no_packing",
+            "note: falcon-qlora estimate with --table does not use --seed\n",
+        ),
+        (
             "params -m tiny --lora_r 4 --lora_r 4 --lora_alpha 1 --lora_alpha 2",
             "note: --lora_alpha is given twice: 2 counts, not 1\n",
         ),
@@ -110,3 +131,25 @@ def test_a_flag_that_changes_nothing_is_told_in_a_line(
 ) -> None:
     assert cli.main(shlex.split(words)) == 0
     assert capsys.readouterr().err == told
+
+
+@pytest.mark.parametrize(
+    ("verb", "words", "told"),
+    [
+        ("data", "-s 5 -b 2", " without --streaming does not use --max_steps"),
+        ("data", "--streaming -s 5 -b 2", " with --streaming does not use --per_device_train_batch_size"),
+        ("data", "--streaming false -s 5 -b 2", " without --streaming does not use --max_steps"),
+        ("data", "--config a.yaml -s 5", None),
+        ("generate", "--seed 3 --temperature 0", " without --temperature does not use --seed"),
+        ("generate", "--seed 3 --temperature 0.7", None),
+        ("eval", "--tasks x --template none --seed 1", " with --tasks does not use --seed, --template"),
+        ("params", "--resume runs/x --nnodes 2", " does not use --nnodes, --resume"),
+    ],
+)
+def test_a_setting_that_another_one_needs_is_told_without_it(
+    capsys: pytest.CaptureFixture[str], verb: str, words: str, told: str | None
+) -> None:
+    own = {"generate": GenerateArguments, "eval": EvalArguments}.get(verb)
+    given = read_flags(shlex.split(words), verb=verb, extra_arguments=own)
+    assert capsys.readouterr().err == (f"note: falcon-qlora {verb}{told}\n" if told else "")
+    assert not {"resume", "nnodes"} & given.keys()  # a run to go on from would give its own settings
