@@ -168,6 +168,7 @@ def write(path: Path, **settings: object) -> str:
 def test_flags_are_refused_naming_the_flag_and_what_to_do(argv: list[str], parts: list[str]) -> None:
     message = refusal(*argv)
     assert all(part in message for part in parts), message
+    assert message.count("things to mend") <= 1, message
 
 
 @pytest.mark.parametrize(
