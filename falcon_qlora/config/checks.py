@@ -8,7 +8,7 @@ from falcon_qlora.common.errors import UserError, nearest
 from falcon_qlora.common.fp8 import fp8_excludes
 from falcon_qlora.common.record_files import AUTO, LATEST
 from falcon_qlora.common.settings import settings_of
-from falcon_qlora.config.parser import as_words, refuse
+from falcon_qlora.config.parser import as_words
 from falcon_qlora.config.paths import on_the_hub
 from falcon_qlora.config.settle import Values
 from falcon_qlora.config.trainer_arguments import TrainerArguments
@@ -54,21 +54,15 @@ _SPLITS = frozenset("validation valid val test eval dev train".split())
 TEMPLATES = ("auto", "format", "alpaca", "guanaco", "falcon-instruct", "none", "tokenizer")
 
 
-def check(values: Values, where: dict[str, str], *, trains: bool) -> None:
-    """Check the settled values.
+def faults_of(values: Values, where: dict[str, str], *, trains: bool) -> Iterator[str]:
+    """What is wrong with the settled values, each with what is valid.
 
     Args:
         values: every setting's value.
         where: how to name each given setting to the user.
         trains: whether they are for training; what is opened later may lie elsewhere than it was trained.
-
-    Raises:
-        UserError: naming all invalid settings, and what is valid.
     """
-    refuse([*_faults(values, where, trains)])
 
-
-def _faults(values: Values, where: dict[str, str], trains: bool) -> Iterator[str]:
     def name(setting: str) -> str:
         return where.get(setting, f"--{setting}")
 

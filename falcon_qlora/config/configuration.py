@@ -26,7 +26,7 @@ from falcon_qlora.config.arguments import (
     RunArguments,
     our_settings,
 )
-from falcon_qlora.config.checks import check
+from falcon_qlora.config.checks import faults_of
 from falcon_qlora.config.help import print_help
 from falcon_qlora.config.parser import (
     RECIPES,
@@ -302,9 +302,9 @@ def _configuration(
     values["recipe"] = recipe
     extra = {name: laid[name][0] for name in parser.extra_names if name in laid}
     given = {name: layer for name, (_, layer) in laid.items() if layer.rank > 0}
-    settle(values, laid)
+    contradictions = settle(values, laid)
     where = {name: layer.where(name) for name, layer in given.items()}
-    check(values, where, trains=trains)
+    refuse([*contradictions, *faults_of(values, where, trains=trains)])
     if values["device"] == "cpu":
         _hide_gpus()
     values = with_absolute_paths(values, data=False)

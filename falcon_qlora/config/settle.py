@@ -9,7 +9,7 @@ from typing import Any
 
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.common.settings import settings_of
-from falcon_qlora.config.parser import FLAG, Layer, refuse
+from falcon_qlora.config.parser import FLAG, Layer
 from falcon_qlora.methods.new_tokens import named_tokens
 from falcon_qlora.methods.table import METHODS, method_settings
 
@@ -20,15 +20,12 @@ Laid = dict[str, tuple[Any, Layer]]
 EVERY_STEP_UP_TO = 50
 
 
-def settle(values: Values, laid: Laid) -> None:
-    """Fill in, in place, the values that follow from the given settings.
+def settle(values: Values, laid: Laid) -> list[str]:
+    """Fill in, in place, the values that follow from the given settings; returns what contradicts what.
 
     Args:
         values: every setting's value.
         laid: the settings that some layer gives, with their value and that layer.
-
-    Raises:
-        UserError: if settings contradict each other, naming all that do.
     """
     faults: list[str] = []
     for part in (
@@ -45,9 +42,9 @@ def settle(values: Values, laid: Laid) -> None:
             part(values, laid)
         except UserError as error:
             faults += error.lines
-    refuse(faults)
     if _rank(laid, "logging_steps") < 1 and 1 <= values["max_steps"] <= EVERY_STEP_UP_TO:
         values["logging_steps"] = 1
+    return faults
 
 
 def _rank(laid: Laid, *names: str) -> int:

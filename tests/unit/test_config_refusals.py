@@ -53,6 +53,11 @@ def write(path: Path, **settings: object) -> str:
             ["--method", "adapter", "--sharding", "zero3", "--lora_r", "8"],
             ["2 things to mend", "--sharding zero3 is for", "--lora_r does nothing"],
         ),
+        # What contradicts each other, and what is wrong by itself.
+        (
+            ["--method", "adapter", "--lora_r", "8", "--early_stopping", "3"],
+            ["2 things to mend", "--lora_r does nothing", "--early_stopping happens at"],
+        ),
         (["--adapter_first_block", "1"], ["--adapter_first_block does nothing with --method lora"]),
         (["--lora_slices", "querry"], ["did you mean query?"]),
         (["-q", "5bit"], ["-q: '5bit' is not one of 4bit, 8bit, 16bit"]),
