@@ -329,7 +329,7 @@ def test_a_disk_that_fills_leaves_nothing(tmp_path: Path, capsys: pytest.Capture
     for room in (10_000, 3_000_000):
         with room_for(room):
             assert prepare("-m", "tiny", "--output_dir", tmp_path / "out") != 0
-        assert only_message(capsys.readouterr().err) == f"{tmp_path}/out: File too large"
+        assert only_message(capsys.readouterr().err) == f"{tmp_path}/out/model.safetensors: File too large"
         assert contents(tmp_path) == {}
 
 
