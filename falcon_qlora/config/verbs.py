@@ -67,7 +67,7 @@ class Verb:
     summary: str
     uses: Callable[[], frozenset[str]] = frozenset
     uses_with: tuple[str, Callable[[], frozenset[str]]] | None = None
-    only_with: tuple[str, frozenset[str]] | None = None
+    only_with: tuple[tuple[str, ...], frozenset[str]] | None = None
     means: Mapping[str, str] = field(default_factory=dict)
     refuses: Mapping[str, str] = field(default_factory=dict)
     more: str = ""
@@ -85,17 +85,18 @@ class Verb:
         if self.uses_with is not None and _is_on(given, self.uses_with[0]):
             return f" with --{self.uses_with[0]}"
         if self.only_with is not None and self._idle(given).intersection(unused):
-            return f" without --{self.only_with[0].split()[0]}"
+            return f" without --{self.only_with[0][0]}"
         return ""
 
     def _idle(self, given: Mapping[str, Any]) -> frozenset[str]:
         """Those of `uses` that do nothing, as what they need is not given."""
-        if self.only_with is None or any(_is_on(given, name) for name in self.only_with[0].split()):
+        if self.only_with is None or any(_is_on(given, name) for name in self.only_with[0]):
             return frozenset()
         return self.only_with[1]
 
 
 def _is_on(given: Mapping[str, Any], name: str) -> bool:
+    """Whether a setting is given, and not as false or 0."""
     return given.get(name) not in (None, False)
 
 
@@ -140,7 +141,7 @@ VERBS: Mapping[str, Verb] = {
                 "streaming",
                 lambda: VERBS["data"].uses() - _BATCH - {"packing", "padding", "cache_dir"},
             ),
-            only_with=("streaming config recipe", frozenset({"max_steps"})),
+            only_with=(("streaming", "config", "recipe"), frozenset({"max_steps"})),
             examples=(f"{_SAMPLE} --show 1",),
         ),
         Verb(
@@ -149,7 +150,7 @@ VERBS: Mapping[str, Verb] = {
             uses=lambda: _FILES | _TOKENIZER | _START | _ROWS | _NEW_TOKENS
             | {"seed", "streaming", "max_steps"} | _QUANTIZING,
             uses_with=("output_dir", lambda: _FILES | _TOKENIZER | _QUANTIZING | {"hang_minutes"}),
-            only_with=("output_dir", _QUANTIZING),
+            only_with=(("output_dir",), _QUANTIZING),
             means={"output_dir": "Folder for the quantized base.", "overwrite": "Replace that folder."},
             more="With --output_dir it reads no rows, but writes the base there, quantized, for -m DIR.",
             examples=(_SAMPLE, "-m tiny -q 4bit --output_dir tiny-4bit"),
@@ -172,7 +173,7 @@ VERBS: Mapping[str, Verb] = {
                 | set("model_name_or_path model_revision max_length packing method resume".split())
                 | {"output_dir", "hang_minutes"},
             ),
-            only_with=("resume", frozenset({"output_dir"})),
+            only_with=(("resume",), frozenset({"output_dir"})),
             more="It needs no GPU, no network and no weights; all figures are estimates.",
             examples=(f"{_SAMPLE} --gpu 3090", "-m random:falcon-7b --max_steps 100", "--table --gpu 24GiB"),
         ),
@@ -180,7 +181,7 @@ VERBS: Mapping[str, Verb] = {
             name="generate",
             summary="answer a prompt with a base model and an adapter",
             uses=lambda: _FILES | _OPENED | {"template", "dataset_format", "seed", "hang_minutes"},
-            only_with=("temperature", frozenset({"seed"})),
+            only_with=(("temperature",), frozenset({"seed"})),
             means=_ADAPTERS_OWN,
             more="The prompt is written with the template of the training unless --template names another.",
             examples=('--adapter runs/first --prompt "What is a falcon?"', "-m tiny --prompt Once"),
@@ -199,7 +200,7 @@ VERBS: Mapping[str, Verb] = {
             uses=lambda: _FILES | _TOKENIZER | _ROWS
             | {"device", "max_steps", "seed", "lora_r", "lora_alpha", "method"},
             uses_with=("gpus", lambda: _all() - BENCH_SETS),
-            only_with=("dataset_name gpus config recipe", _OF_ROWS),
+            only_with=(("dataset_name", "gpus", "config", "recipe"), _OF_ROWS),
             more="Here --steps are the timed ones (10), and --max_length is a document's tokens (512).",
             examples=("-m tiny --variants reference,ours --tokens 512 --steps 1 --warmup 1",),
         ),
