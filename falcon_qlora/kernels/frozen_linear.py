@@ -195,14 +195,18 @@ class SharedInput(Group):
         self, grad: Tensor, low_grad: Tensor, low: Tensor, x: Tensor
     ) -> list[Tensor | None]:
         """The gradients of each A and B from that of the outputs; writes u into `low_grad` ``[T, R]``."""
+        for index, projection in enumerate(self.projections):
+            if projection.rank:
+                of_output, rank = grad[:, self.outputs[index]], self.ranks[index]
+                torch.mm(of_output, self._scaled_b(index, grad), out=low_grad[:, rank])
+        all_a = mm_float32(low_grad[:, : self.used].T, x) if self.used and not self.drops else None
         results: list[Tensor | None] = []
         for index, projection in enumerate(self.projections):
             of_output, rank = grad[:, self.outputs[index]], self.ranks[index]
             if not projection.rank:
                 results += [None, None]
                 continue
-            torch.mm(of_output, self._scaled_b(index, grad), out=low_grad[:, rank])
-            of_a = mm_float32(low_grad[:, rank].T, self._read(index, x))
+            of_a = mm_float32(low_grad[:, rank].T, self._read(index, x)) if all_a is None else all_a[rank]
             results += [of_a, mm_float32(of_output.T, low[:, rank]).mul_(projection.scaling)]
         return results
 

@@ -7,7 +7,7 @@ product next to it, it is free.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from typing import Any
 
@@ -23,6 +23,7 @@ class GeluProducts:
 
     _forward: Callable[..., Any]
     _backward: Callable[..., Any]
+    _options: dict[str, Any] = field(default_factory=lambda: {"tuned": False})
 
     def forward(self, x: Tensor, weight: Tensor, before: Tensor, after: Tensor) -> None:
         """Write ``x @ weight`` and its GELU.
@@ -33,7 +34,7 @@ class GeluProducts:
             before: ``[T, F]`` to write the product into; any row stride, as for all tensors here.
             after: ``[T, F]`` to write its GELU into.
         """
-        self._forward(x, weight, out={"D": before, "after": after}, tuned=False)
+        self._forward(x, weight, out={"D": before, "after": after}, **self._options)
 
     def backward(
         self, grad: Tensor, weight: Tensor, before: Tensor, of_before: Tensor, after: Tensor
@@ -47,7 +48,7 @@ class GeluProducts:
             of_before: ``[T, F]`` to write its gradient into.
             after: ``[T, F]`` to write GELU's output into.
         """
-        self._backward(grad, weight, before, out={"D": of_before, "after": after}, tuned=False)
+        self._backward(grad, weight, before, out={"D": of_before, "after": after}, **self._options)
 
 
 @lru_cache
@@ -59,7 +60,7 @@ def gelu_products(device: torch.device) -> libraries.Loaded[GeluProducts]:
 
 
 def _tried(device: torch.device) -> GeluProducts:
-    products = _define()
+    products = _define(device)
     tokens, narrow, wide = 128, 64, 256
     x, weight = (torch.zeros(rows, narrow, dtype=torch.bfloat16, device=device) for rows in (tokens, wide))
     before, after, of_before = (x.new_empty(tokens, wide) for _ in range(3))
@@ -69,7 +70,7 @@ def _tried(device: torch.device) -> GeluProducts:
     return products
 
 
-def _define() -> GeluProducts:
+def _define(device: torch.device) -> GeluProducts:
     from quack import activation
     from quack.epilogue.frontend import gemm_epilogue
 
@@ -85,7 +86,9 @@ def _define() -> GeluProducts:
         gradient, output = gelu_and_gradient(c, acc)
         return {"D": gradient, "after": output}
 
-    return GeluProducts(forward, backward)
+    # Programs that fetch their next tile: on an H200 2 % faster forward and 12 % backward.
+    fetch = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+    return GeluProducts(forward, backward, {"tuned": False, "dynamic_scheduler": fetch})
 
 
 class Activation:
