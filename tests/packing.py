@@ -25,9 +25,9 @@ def packed(docs):
     }
 
 
-def with_adapter(model, seed=3):
+def with_adapter(model, seed=3, r=4):
     """LoRA whose second matrices are not zero, so that all of it matters."""
-    peft_model = attach_lora(model, r=4, alpha=8, seed=seed)
+    peft_model = attach_lora(model, r=r, alpha=2 * r, seed=seed)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in peft_model.named_parameters():

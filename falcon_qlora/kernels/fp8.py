@@ -118,63 +118,94 @@ def quantize_weight(layer: Any, scale: Tensor, out: Tensor, transpose: bool) -> 
 
 
 @ops.or_triton("fp8_quantize")
-def split_columns(matrix: Tensor, scales: Tensor, divisors: Tensor, out: Tensor, low_last: bool) -> None:
-    """Divide a matrix, and write each value as the sum of two FP8 values, high and low.
+def split_columns(matrix: Tensor, scales: Tensor, balance: Tensor, out: Tensor, of_weight: bool) -> None:
+    """Balance a matrix, and write each value as the sum of two FP8 values, high and low.
 
     Args:
         matrix: ``[N, R]``, any strides.
         scales: float32 ``[N]``, any stride: each row is divided by its own.
-        divisors: float32 ``[R]``: each column is divided by its own.
+        balance: float32 ``[R]``: each column is divided by its own, or with `of_weight` multiplied.
         out: in FP8 ``[N, C]`` to write into, C ≥ 3 R, any row stride: the high values, the low ones and the
             high ones again, then zeros.
-        low_last: the high values twice and then the low ones.
+        of_weight: write the high values twice and then the low ones.
     """
-    high, low = _split(matrix.float() / scales[:, None] / divisors)
-    together = torch.cat([high, high, low] if low_last else [high, low, high], dim=1)
+    wide = matrix.float() / scales[:, None]
+    high, low = _split(wide * balance if of_weight else wide / balance)
+    together = torch.cat([high, high, low] if of_weight else [high, low, high], dim=1)
     width = together.shape[1]
     out[:, :width] = together
     out[:, width:] = 0
 
 
+@ops.or_triton("fp8_low_rank")
+def into_low_rank(a: Tensor, rows: Rows) -> Tensor:
+    """``rows @ aᵀ``.
+
+    Args:
+        a: ``[R, C]``, any strides.
+        rows: ``[T, C]``.
+
+    Returns:
+        ``[T, R]`` in `a`'s dtype.
+    """
+    return (rows.float() @ a.float().T).to(a.dtype)
+
+
+@ops.or_triton("fp8_low_rank")
+def gathered(low: Tensor, rows: Rows) -> Tensor:
+    """``lowᵀ @ rows``.
+
+    Args:
+        low: ``[T, R]``, in the dtype in which rows' values are multiplied.
+        rows: ``[T, C]``.
+
+    Returns:
+        float32 ``[R, C]``.
+    """
+    return low.float().T @ rows.float()
+
+
 @ops.or_triton("fp8_gelu")
-def gelu(x: Tensor, low: LowRank | None, bound: Tensor, a: Tensor) -> tuple[Rows, Tensor]:
-    """Exact GELU of the sum of `x` and LoRA's part, and its product with the next linear's A.
+def gelu(x: Tensor, low: LowRank | None, bound: Tensor) -> Rows:
+    """Exact GELU of the sum of `x` and LoRA's part.
 
     Args:
         x: ``[T, F]``.
         low: LoRA's part, or None.
         bound: float32 ``[T]``, any stride: an upper bound of each row's absolute values in `x`.
-        a: ``[R, F]``, in `x`'s dtype; no rows without LoRA there.
 
     Returns:
-        GELU's output in FP8 ``[T, F]``; its product with `a`, ``[T, R]`` in `x`'s dtype.
+        GELU's output in FP8 ``[T, F]``.
     """
-    y = F.gelu(_added(x, low))
-    return to_rows(y, bound_scales(bound, low)), y.to(x.dtype) @ a.T
+    return to_rows(F.gelu(_added(x, low)), bound_scales(bound, low))
 
 
 @ops.or_triton("fp8_gelu")
 def gelu_backward(
-    grad: Tensor, low_grad: LowRank | None, x: Tensor, low: LowRank | None, bound: Tensor
-) -> tuple[Rows, Tensor, Tensor | None, Tensor | None]:
+    grad: Tensor, low_grad: LowRank | None, grad_bound: Tensor, x: Tensor, low: LowRank | None, bound: Tensor
+) -> tuple[Rows, Tensor | None, Tensor | None]:
     """The gradient of `gelu`'s input, and what the adapters on both sides have of the same matrices.
 
     Args:
-        grad: ``[T, F]``, of the output, without `low_grad`; may be overwritten.
+        grad: ``[T, F]``, of the output, without `low_grad`.
         low_grad: added to it.
-        x: ``[T, F]``, as in `gelu`.
-        low: as in `gelu`.
-        bound: float32 ``[T]``: an upper bound of each row's absolute values in `grad`.
+        grad_bound: float32 ``[T]``, any stride: an upper bound of each row's absolute values in `grad`.
+        x: ``[T, F]``, as in `gelu`; likewise the others.
+        low: LoRA's part, or None.
+        bound: float32 ``[T]``.
 
     Returns:
-        the gradient dx in FP8 and in `x`'s dtype ``[T, F]``; ``low_grad.leftᵀ @ y``, float32 ``[R, F]``, with
-        GELU's output y; ``dxᵀ @ low.left``, float32 ``[F, R]``. None without LoRA there.
+        the gradient dx in FP8 ``[T, F]``; ``low_grad.leftᵀ @ y``, float32 ``[R, F]``, with GELU's output y;
+        ``low.leftᵀ @ dx`` likewise. None without LoRA there.
     """
     wide = _added(x, low)
     dx = torch.ops.aten.gelu_backward(_added(grad, low_grad), wide)
-    rows, dx = to_rows(dx, bound_scales(bound, low_grad, STEEPEST)), dx.to(x.dtype)
-    of_a = None if low_grad is None else mm_float32(low_grad.left.T, F.gelu(wide).to(x.dtype))
-    return rows, dx, of_a, None if low is None else mm_float32(dx.T, low.left)
+    rows = to_rows(dx, bound_scales(grad_bound, low_grad, STEEPEST))
+    y, dx = F.gelu(wide).to(x.dtype), dx.to(x.dtype)
+    of_a, of_b = (
+        None if part is None else mm_float32(part.left.T, other) for part, other in ((low_grad, y), (low, dx))
+    )
+    return rows, of_a, of_b
 
 
 @ops.or_triton("fp8_swiglu")
@@ -244,6 +275,7 @@ def _added(x: Tensor, low: LowRank | None) -> Tensor:
     return x.float() if low is None else x.float() + low.left.float() @ low.right.float()
 
 
+@ops.or_triton("fp8_bounds")
 def bound_scales(bound: Tensor, low: LowRank | None, factor: float = 1.0) -> Tensor:
     """Scales for rows ``[T, C]`` that are at most `factor` times a matrix with LoRA's part.
 

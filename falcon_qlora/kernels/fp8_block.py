@@ -23,7 +23,7 @@ from torch import Tensor
 
 from falcon_qlora.kernels import fp8, fp8_gelu_products, ops
 from falcon_qlora.kernels.block import Block, normalize
-from falcon_qlora.kernels.fp8_gelu_products import PLAIN, Fp8GeluProducts, times_transposed
+from falcon_qlora.kernels.fp8_gelu_products import PLAIN, Fp8GeluProducts
 from falcon_qlora.kernels.fp8_rows import LARGEST, Rows, largest_row
 from falcon_qlora.kernels.frozen_linear import Adapter, Projection, mm_float32
 from falcon_qlora.kernels.low_rank import LowRank
@@ -131,6 +131,10 @@ def _largest_output(block: Block, weight: Tensor) -> Tensor:
     return MARGIN * (math.sqrt(block.dense_h_to_4h.in_features) * longest + of_bias)
 
 
+def _joined(matrices: Sequence[Tensor], dim: int) -> Tensor:
+    return matrices[0] if len(matrices) == 1 else torch.cat(list(matrices), dim)
+
+
 class _Beside(NamedTuple):
     """Rows with room for LoRA in front of them, LoRA's part, and its `fp8_gelu_products.balance`."""
 
@@ -148,6 +152,7 @@ class Fp8Products:
         self.block, self.adapters, self.frozen = block, adapters, frozen
         self.gelu = PLAIN if frozen.gelu is not None and fp8.is_emulated() else frozen.gelu
         self.after_gelu: tuple[Rows, Tensor] | None = None  # of `enter`, for `leave` or `low_rank`
+        self._matrices: dict[tuple[int, str], Tensor] = {}
         self.into = ((0, 1),) if len(block.norms) == 1 and block.rows is None else ((0,), (1,))
 
     def enter(self, hidden: Tensor, again: bool = False) -> tuple[list[Tensor], list[Tensor]]:
@@ -167,7 +172,7 @@ class Fp8Products:
             projected += [self._product(linear, rows, hidden.dtype) for linear in linears[:-1]]
             before_gelu, after = self._before_gelu(self.gelu, beside, hidden.dtype)
             projected.append(before_gelu)
-            self.after_gelu = after, times_transposed(after, self._a(2, hidden.dtype), hidden.dtype)
+            self.after_gelu = self._with_low_rank(after, hidden.dtype)
         fp8.add(projected[0], self._added((0,), low_rank[0]))
         return projected, low_rank
 
@@ -207,8 +212,8 @@ class Fp8Products:
         attended: Callable[[], Tensor],
         low_in: Sequence[Tensor],
         low_out: Tensor,
-    ) -> tuple[Tensor, Tensor, tuple[Rows, Tensor, Tensor | None], list[Tensor | None]]:
-        low_grad = self._out_of_low_rank((2, 3), [grad, grad])
+    ) -> tuple[Tensor, Tensor, tuple[Rows, Tensor | None], list[Tensor | None]]:
+        low_grad = self._out_of_low_rank((2, 3), [grad, grad], grad.dtype)
         added = self._added_backward((2,), low_grad[0])
         if self.gelu is None:
             rows, lengths = fp8.quantize_rows(grad)
@@ -216,57 +221,59 @@ class Fp8Products:
             beside, rows, lengths = self._beside(2, grad, added)
         of_attended = self._product(3, rows, grad.dtype, transpose=True)
         fp8.add(of_attended, self._added_backward((3,), low_grad[1]))
-        bound = lengths * self.frozen.after_gelu
+        bounds = lengths * self.frozen.after_gelu, self.frozen.before_gelu.expand(len(grad))
+        low = self._added((1,), low_in[1])
         if self.gelu is None:
-            of_before, of_before_gelu, of_a, of_b = fp8.gelu_backward(
-                self._product(2, rows, grad.dtype, transpose=True),
-                added,
-                before_gelu,
-                self._added((1,), low_in[1]),
-                bound,
-            )
+            of_after = self._product(2, rows, grad.dtype, transpose=True)
+            of_before, of_a, of_b = fp8.gelu_backward(of_after, added, bounds[0], before_gelu, low, bounds[1])
+            del of_after
         else:
             weight = self._weight_beside(2, beside, transpose=True)
-            of_before, of_before_gelu, y = self.gelu.backward(
+            of_before, after = self.gelu.backward(
                 beside.rows,
                 weight,
                 self.frozen.weights[2].scale,
-                fp8.bound_scales(bound, added, fp8.STEEPEST),
+                fp8.bound_scales(bounds[0], added, fp8.STEEPEST),
+                fp8.bound_scales(bounds[1], low),
                 before_gelu,
             )
-            of_a = None if added is None else mm_float32(added.left.T, y)
-            of_b = mm_float32(of_before_gelu.T, low_in[1]) if low_in[1].shape[1] else None
-            del y
+            of_a, of_b = (
+                None if part is None else fp8.gathered(part.left, other)
+                for part, other in ((added, after), (low, of_before))
+            )
+            del after
         split = low_grad[0].shape[1]
-        adapter_grads = [of_a, self._of_b(2, grad, low_out[:, :split])]
-        adapter_grads += self._adapter_gradients(
-            3, grad, low_grad[1], low_out[:, split:], attended().flatten(1)
+        both_b = mm_float32(grad.T, low_out)  # [H, R] of both
+        of_dense = mm_float32(low_grad[1].T, attended().flatten(1))
+        adapter_grads = self._scaled(2, of_a, both_b[:, :split]) + self._scaled(
+            3, of_dense, both_b[:, split:]
         )
         of_fused = grad.new_empty(low_in[0].shape[0], self.block.query_key_value.out_features)
-        return of_attended, of_fused, (of_before, of_before_gelu, of_b), adapter_grads
+        return of_attended, of_fused, (of_before, of_b), adapter_grads
 
     def enter_backward(
         self,
         hidden: Tensor,
         of_fused: Tensor,
-        others: tuple[Rows, Tensor, Tensor | None],
+        others: tuple[Rows, Tensor | None],
         low_in: Sequence[Tensor],
         addend: Tensor | None,
         fused: Callable[[], Tensor],
     ) -> tuple[Tensor | None, list[Tensor | None], list[Tensor]]:
-        of_before, of_before_gelu, of_b = others
-        grads = of_fused, of_before_gelu
+        of_before, of_b = others
+        grads: tuple[Tensor, Rows] = of_fused, of_before
         adapter_grads: list[Tensor | None] = []
         of_normals = []
         normals, *statistics = self.block.normalize(hidden)
         for linears in self.into:
             normal = normals.pop(0)
-            low_grads = self._out_of_low_rank(linears, [grads[linear] for linear in linears])
-            for linear, low_grad in zip(linears, low_grads, strict=True):
-                adapter_grads += self._adapter_gradients(
-                    linear, grads[linear], low_grad, low_in[linear], normal, of_b if linear == 1 else None
-                )
+            low_grads = self._out_of_low_rank(linears, [grads[linear] for linear in linears], of_fused.dtype)
+            both = torch.cat(low_grads, dim=1)
+            both_a = mm_float32(both.T, normal).split([each.shape[1] for each in low_grads])
             del normal
+            for linear, of_a in zip(linears, both_a, strict=True):
+                found = mm_float32(of_fused.T, low_in[0]) if linear == 0 else None if of_b is None else of_b.T
+                adapter_grads += self._scaled(linear, of_a, found)
             if addend is None:
                 continue
             first, *others_of_it = [
@@ -278,7 +285,7 @@ class Fp8Products:
                 )
                 for linear in linears
             ]
-            low = self._added_backward(linears, torch.cat(low_grads, dim=1))
+            low = self._added_backward(linears, both)
             of_normals.append(fp8.add(first, low, tuple(others_of_it)))
             del first, others_of_it
         if addend is not None:
@@ -290,8 +297,12 @@ class Fp8Products:
         if self.after_gelu is not None:
             found, self.after_gelu = self.after_gelu, None
             return found
-        bound = self.frozen.before_gelu.expand(before_gelu.shape[0])
-        return fp8.gelu(before_gelu, self._added((1,), low_in[1]), bound, self._a(2, before_gelu.dtype))
+        bound = self.frozen.before_gelu.expand(len(before_gelu))
+        after = fp8.gelu(before_gelu, self._added((1,), low_in[1]), bound)
+        return self._with_low_rank(after, before_gelu.dtype)
+
+    def _with_low_rank(self, after: Rows, dtype: torch.dtype) -> tuple[Rows, Tensor]:
+        return after, fp8.into_low_rank(self._a(2, dtype), after)
 
     def _beside(self, linear: int, x: Tensor, low: LowRank | None) -> tuple[_Beside, Rows, Tensor]:
         """`x` ``[T, in]`` quantized, with room for LoRA in front of it, and without; its rows' lengths."""
@@ -300,7 +311,7 @@ class Fp8Products:
             columns = fp8_gelu_products.columns_of(low.left.shape[1])
             into = self._a(1, x.dtype) if linear == 1 else self._scaled_b(2, x.dtype).T
             balance = fp8_gelu_products.balance(into, low.right, self.frozen.weights[linear].scale)
-            least = fp8_gelu_products.least(low, balance)
+            least = fp8_gelu_products.least(balance, low)
         values = torch.empty(len(x), columns + x.shape[1], dtype=fp8.DTYPE, device=x.device)
         rows, lengths = fp8.quantize_rows(x, values[:, columns:], least)
         return _Beside(Rows(values, rows.scales), low, balance), rows, lengths
@@ -345,7 +356,7 @@ class Fp8Products:
         if a is None:
             weight = self.frozen.weights[linear].scale
             return weight.new_empty(0, self.block.projections[linear].in_features, dtype=dtype)
-        return a.to(dtype)
+        return self._once((linear, "a"), lambda: a.to(dtype))
 
     def _scaled_b(self, linear: int, dtype: torch.dtype) -> Tensor:
         """B times its scaling, ``[out, r]``; no columns without LoRA."""
@@ -353,7 +364,15 @@ class Fp8Products:
         projection: Projection = self.block.projections[linear]
         if b is None:
             return self.frozen.weights[linear].scale.new_empty(projection.out_features, 0, dtype=dtype)
-        return torch.mul(b, projection.scaling, out=b.new_empty(b.shape, dtype=dtype))
+        return self._once(
+            (linear, "b"), lambda: torch.mul(b, projection.scaling, out=b.new_empty(b.shape, dtype=dtype))
+        )
+
+    def _once(self, name: tuple[int, str], make: Callable[[], Tensor]) -> Tensor:
+        """A matrix of LoRA in the dtype of activations, made once a call."""
+        if name not in self._matrices:
+            self._matrices[name] = make()
+        return self._matrices[name]
 
     def _into_low_rank(self, linears: Sequence[int], inputs: Sequence[Tensor]) -> list[Tensor]:
         """Each linear's t ``[T, r]``; one product if they share the input."""
@@ -362,44 +381,34 @@ class Fp8Products:
             return list((inputs[0] @ torch.cat(matrices).T).split([len(a) for a in matrices], dim=1))
         return [x @ a.T for x, a in zip(inputs, matrices, strict=True)]
 
-    def _out_of_low_rank(self, linears: Sequence[int], grads: Sequence[Tensor]) -> list[Tensor]:
+    def _out_of_low_rank(
+        self, linears: Sequence[int], grads: Sequence[Tensor | Rows], dtype: torch.dtype
+    ) -> list[Tensor]:
         """Each linear's u ``[T, r]``; one product if they share the gradient."""
-        matrices = [self._scaled_b(linear, grads[0].dtype) for linear in linears]
-        if len(grads) == 2 and grads[0] is grads[1]:
-            return list((grads[0] @ torch.cat(matrices, dim=1)).split([b.shape[1] for b in matrices], dim=1))
-        return [grad @ b for grad, b in zip(grads, matrices, strict=True)]
+        matrices = [self._scaled_b(linear, dtype) for linear in linears]
+        first = grads[0]
+        if len(grads) == 2 and first is grads[1] and isinstance(first, Tensor):
+            return list((first @ torch.cat(matrices, dim=1)).split([b.shape[1] for b in matrices], dim=1))
+        return [
+            grad @ b if isinstance(grad, Tensor) else fp8.into_low_rank(b.T, grad)
+            for grad, b in zip(grads, matrices, strict=True)
+        ]
 
     def _added(self, linears: Sequence[int], low: Tensor) -> LowRank | None:
         """What LoRA adds to the sum of these linears' outputs."""
         if not low.shape[1]:
             return None
-        return LowRank(low, torch.cat([self._scaled_b(linear, low.dtype) for linear in linears], dim=1).T)
+        return LowRank(low, _joined([self._scaled_b(linear, low.dtype) for linear in linears], dim=1).T)
 
     def _added_backward(self, linears: Sequence[int], low: Tensor) -> LowRank | None:
         """What LoRA adds to the sum of the gradients that come through these linears."""
         if not low.shape[1]:
             return None
-        return LowRank(low, torch.cat([self._a(linear, low.dtype) for linear in linears]))
+        return LowRank(low, _joined([self._a(linear, low.dtype) for linear in linears], dim=0))
 
-    def _adapter_gradients(
-        self,
-        linear: int,
-        grad: Tensor,
-        low_grad: Tensor,
-        low: Tensor,
-        x: Tensor,
-        of_b: Tensor | None = None,
-    ) -> list[Tensor | None]:
-        """The gradients of A and B, from the output's gradient, u, t and the input.
-
-        `of_b`: that of B times its scaling, if it is known.
-        """
-        if not self.block.projections[linear].rank:
-            return [None, None]
-        return [mm_float32(low_grad.T, x), self._of_b(linear, grad, low, of_b)]
-
-    def _of_b(self, linear: int, grad: Tensor, low: Tensor, known: Tensor | None = None) -> Tensor | None:
+    def _scaled(self, linear: int, of_a: Tensor | None, of_b: Tensor | None) -> list[Tensor | None]:
+        """The gradients of A and B, from that of A and that of B times its scaling, if there is LoRA."""
         projection = self.block.projections[linear]
-        if not projection.rank:
-            return None
-        return (mm_float32(grad.T, low) if known is None else known).mul_(projection.scaling)
+        if not projection.rank or of_b is None:
+            return [None, None]
+        return [of_a, torch.mul(of_b, projection.scaling, out=of_b.new_empty(of_b.shape))]

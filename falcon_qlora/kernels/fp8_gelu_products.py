@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from falcon_qlora.kernels import fp8, libraries
+from falcon_qlora.kernels import fp8, libraries, ops
 from falcon_qlora.kernels.fp8_rows import LARGEST, Rows
 from falcon_qlora.kernels.gelu_products import Activation
 from falcon_qlora.kernels.low_rank import LowRank
@@ -54,12 +54,12 @@ class Fp8GeluProducts:
         forward: from x ``[T, C]``, a weight in FP8 ``[F, C]`` and its scale, float32 ``[]``, and the scales
             of the rows that GELU's output is to have, float32 ``[T]``: ``x @ weightᵀ`` in the dtype of
             activations, and its GELU in FP8, each ``[T, F]``.
-        backward: from the gradient of GELU's output likewise, the scales that the result is to have, and
-            GELU's input ``[T, F]``: the gradient of this input in FP8 and as it is, and GELU's output.
+        backward: from the gradient of GELU's output likewise, the scales that the two results are to have,
+            and GELU's input ``[T, F]``: the gradient of this input, and GELU's output, both in FP8.
     """
 
     forward: Callable[[Rows, Tensor, Tensor, Tensor, torch.dtype], tuple[Tensor, Rows]]
-    backward: Callable[[Rows, Tensor, Tensor, Tensor, Tensor], tuple[Rows, Tensor, Tensor]]
+    backward: Callable[[Rows, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Rows, Rows]]
 
 
 def columns_of(rank: int) -> int:
@@ -67,6 +67,7 @@ def columns_of(rank: int) -> int:
     return -(-3 * rank // fp8.UNIT) * fp8.UNIT
 
 
+@ops.or_triton("fp8_bounds")
 def balance(into: Tensor, right: Tensor, scale: Tensor) -> Tensor:
     """k for every rank, float32 ``[R]``.
 
@@ -82,7 +83,8 @@ def balance(into: Tensor, right: Tensor, scale: Tensor) -> Tensor:
     return torch.minimum((of_rows / largest).sqrt(), LARGEST / largest)
 
 
-def least(low: LowRank, balance: Tensor) -> Tensor:
+@ops.or_triton("fp8_bounds")
+def least(balance: Tensor, low: LowRank) -> Tensor:
     """What the largest absolute value of each row has to be at least for `put`, float32 ``[T]``."""
     return _largest(low.left / balance, 1)
 
@@ -98,30 +100,13 @@ def put(low: LowRank, scales: Tensor, scale: Tensor, balance: Tensor, left: Tens
         left: the rows' columns in FP8 ``[T, columns_of(R)]``, to write into.
         right: the weight's ``[F, columns_of(R)]``, likewise.
     """
-    fp8.split_columns(low.left, scales, balance, left, low_last=False)
-    fp8.split_columns(low.right.T, scale.expand(len(right)), balance.reciprocal(), right, low_last=True)
+    fp8.split_columns(low.left, scales, balance, left, of_weight=False)
+    fp8.split_columns(low.right.T, scale.expand(len(right)), balance, right, of_weight=True)
 
 
 def _largest(x: Tensor, dim: int) -> Tensor:
     """The largest absolute values along `dim`, float32."""
     return torch.linalg.vector_norm(x, math.inf, dim=dim, dtype=torch.float32)
-
-
-def times_transposed(rows: Rows, a: Tensor, dtype: torch.dtype) -> Tensor:
-    """``rows @ aᵀ``, with `a` ``[R, C]`` in two FP8 parts: ``[T, R]`` in `dtype`."""
-    rank, width = a.shape
-    if not rank:
-        return rows.scales.new_empty(len(rows.scales), 0, dtype=dtype)
-    size = -(-2 * rank // fp8.UNIT) * fp8.UNIT
-    values = torch.zeros(size, width, dtype=fp8.DTYPE, device=a.device)
-    scales = torch.ones(size, dtype=torch.float32, device=a.device)
-    rest = a.float()
-    for part in (slice(rank), slice(rank, 2 * rank)):
-        found, _ = fp8.quantize_rows(rest, values[part])
-        scales[part] = found.scales
-        rest = rest - found.float()
-    both = fp8.product(rows, Rows(values, scales), dtype)
-    return both[:, :rank] + both[:, rank : 2 * rank]
 
 
 def _forward(
@@ -132,11 +117,11 @@ def _forward(
 
 
 def _backward(
-    grad: Rows, weight: Tensor, scale: Tensor, scales: Tensor, before: Tensor
-) -> tuple[Rows, Tensor, Tensor]:
+    grad: Rows, weight: Tensor, scale: Tensor, scales: Tensor, of_after_scales: Tensor, before: Tensor
+) -> tuple[Rows, Rows]:
     of_after = grad.values.float() @ weight.float().T * (grad.scales * scale)[:, None]
     of_before = torch.ops.aten.gelu_backward(of_after, before.float())
-    return fp8.to_rows(of_before, scales), of_before.to(before.dtype), F.gelu(before.float()).to(before.dtype)
+    return fp8.to_rows(of_before, scales), fp8.to_rows(F.gelu(before.float()), of_after_scales)
 
 
 PLAIN = Fp8GeluProducts(_forward, _backward)
@@ -162,23 +147,46 @@ def _tried(device: torch.device) -> Fp8GeluProducts:
     x, weight, before = (
         torch.randn(shape, generator=generator).to(device) for shape in ((130, 208), (272, 208), (130, 272))
     )
+    left, right = (
+        torch.randn(size, 64, generator=generator).to(device, torch.bfloat16) for size in (130, 272)
+    )
+    low = LowRank(left, right.T)
     before = before.to(torch.bfloat16)
     rows, _ = fp8.quantize_rows(x.to(torch.bfloat16))
     scale = weight.abs().amax() / LARGEST
     values = (weight / scale).to(fp8.DTYPE)
     scales = x.norm(dim=1) * weight.norm(dim=1).amax() / LARGEST
     forward = [each.forward(rows, values, scale, scales, before.dtype) for each in (products, PLAIN)]
-    backward = [each.backward(rows, values, scale, scales, before) for each in (products, PLAIN)]
+    backward = [each.backward(rows, values, scale, scales, scales, before) for each in (products, PLAIN)]
     part = Rows(rows.values[:, 48:], rows.scales)
     of_part = fp8.product(part, Rows(values[:, 48:].contiguous(), scale.repeat(272)), before.dtype)
     exact = part.float() @ (values[:, 48:].float() * scale).T
-    pairs = [(of_part, exact), *zip(*forward, strict=True), *zip(*backward, strict=True)]
+    pairs = [
+        (of_part, exact),
+        (_in_columns(low, scale), low.left.float() @ low.right.float()),
+        *zip(*forward, strict=True),
+        *zip(*backward, strict=True),
+    ]
     for found, expected in pairs:
         wide, reference = found.float(), expected.float()
         distance = float((wide - reference).norm() / reference.norm())
         if not distance < 0.02:  # NaN too
             raise ArithmeticError(f"an FP8 product with GELU is wrong by {distance:.2%}")
     return products
+
+
+def _in_columns(low: LowRank, scale: Tensor) -> Tensor:
+    """LoRA's part from the columns that `put` writes, beside rows of zeros."""
+    (tokens, rank), features = low.left.shape, low.right.shape[1]
+    into = torch.eye(rank, device=low.left.device)
+    by = balance(into, low.right, scale)
+    left, right = (
+        torch.empty(size, columns_of(rank), dtype=fp8.DTYPE, device=scale.device)
+        for size in (tokens, features)
+    )
+    scales = least(by, low) / LARGEST
+    put(low, scales, scale, by, left, right)
+    return left.float() @ right.float().T * (scales * scale)[:, None]
 
 
 def _define() -> Fp8GeluProducts:
@@ -189,27 +197,27 @@ def _define() -> Fp8GeluProducts:
     gelu = Activation(activation.gelu_erf)
     gelu_and_gradient = Activation(activation.dgelu_erf)
 
-    def of_rows() -> dict[str, Any]:
-        return {name: ColVecLoad(name) for name in ("v", "inverse")}
+    def of_rows(*names: str) -> dict[str, Any]:
+        return {name: ColVecLoad(name) for name in names}
 
-    @gemm_epilogue(outputs=("after8",), ops=of_rows())
+    @gemm_epilogue(outputs=("after8",), ops=of_rows("v", "inverse"))
     def forward(acc, v, inverse):  # type: ignore[no-untyped-def]
         before = acc * v
         return {"D": before, "after8": gelu(before) * inverse}
 
-    @gemm_epilogue(outputs=("of_before8", "after"), ops=of_rows())
-    def backward(acc, c, v, inverse):  # type: ignore[no-untyped-def]
+    @gemm_epilogue(outputs=("after8",), ops=of_rows("v", "inverse", "of_after"))
+    def backward(acc, c, v, inverse, of_after):  # type: ignore[no-untyped-def]
         of_before, after = gelu_and_gradient(c, acc * v)
-        return {"D": of_before, "of_before8": of_before * inverse, "after": after}
+        return {"D": of_before * inverse, "after8": after * of_after}
 
     def run(
         epilogue: Any, tile: Tile, rows: Rows, weight: Tensor, scale: Tensor, scales: Tensor, *more: Any
     ) -> None:
-        """Launch a product; `more`: its D, its C and its other outputs."""
-        d, c, outputs = more
+        """Launch a product; `more`: its D, its C, and what else its epilogue takes."""
+        d, c, others = more
         vectors = {"v": rows.scales * scale, "inverse": scales.reciprocal()}
         epilogue.gemm(
-            rows.values, weight.t(), d, c, epi_args=vectors | outputs, b_kn=True,
+            rows.values, weight.t(), d, c, epi_args=vectors | others, b_kn=True,
             tile_M=tile.rows, tile_N=tile.columns, cluster_M=2, cluster_N=1, pingpong=True,
             post_init_attrs=_FAST,
         )  # fmt: skip
@@ -224,13 +232,12 @@ def _define() -> Fp8GeluProducts:
         return before, Rows(values, scales)
 
     def run_backward(
-        grad: Rows, weight: Tensor, scale: Tensor, scales: Tensor, before: Tensor
-    ) -> tuple[Rows, Tensor, Tensor]:
-        of_before, after = torch.empty_like(before), torch.empty_like(before)
-        values = torch.empty_like(before, dtype=fp8.DTYPE)
+        grad: Rows, weight: Tensor, scale: Tensor, scales: Tensor, of_after_scales: Tensor, before: Tensor
+    ) -> tuple[Rows, Rows]:
+        of_before, after = (torch.empty_like(before, dtype=fp8.DTYPE) for _ in range(2))
         if len(before):
-            outputs = {"of_before8": values, "after": after}
-            run(backward, BACKWARD, grad, weight, scale, scales, of_before, before, outputs)
-        return Rows(values, scales), of_before, after
+            others = {"after8": after, "of_after": of_after_scales.reciprocal()}
+            run(backward, BACKWARD, grad, weight, scale, scales, of_before, before, others)
+        return Rows(of_before, scales), Rows(after, of_after_scales)
 
     return Fp8GeluProducts(run_forward, run_backward)

@@ -12,14 +12,22 @@ from torch import Tensor
 from falcon_qlora.kernels import nf4, ops
 from falcon_qlora.kernels.fp8_rows import DTYPE, Rows
 from falcon_qlora.kernels.low_rank import LowRank
-from falcon_qlora.kernels.low_rank_triton import low_rank_arguments, low_rank_tile, tile, tiles
+from falcon_qlora.kernels.low_rank_triton import (
+    WHOLE,
+    left_tile,
+    low_rank_arguments,
+    low_rank_tile,
+    right_tile,
+    splits,
+)
 from falcon_qlora.kernels.rows import contiguous_rows
 
 _LANES_A_THREAD = 32
 _MOST_WARPS = 16
 _LONGEST, _PIECE = 32_768, 8192  # longer rows are read twice, in pieces
 _TILE, _TILE_WARPS = 64, 4  # of a weight: 64 × 64
-_SUM = 64, 128, 8  # tokens and features of a tile, and warps
+_SUM = 64, 64, 4, 1  # tokens and features of a tile, warps and stages
+_SUM_PROGRAMS = 1584  # that go along columns
 _SPLIT_ROWS = 32
 
 
@@ -62,14 +70,14 @@ def quantize_weight(layer: Any, scale: Tensor, out: Tensor, transpose: bool) -> 
     return out
 
 
-def split_columns(matrix: Tensor, scales: Tensor, divisors: Tensor, out: Tensor, low_last: bool) -> None:
+def split_columns(matrix: Tensor, scales: Tensor, balance: Tensor, out: Tensor, of_weight: bool) -> None:
     """`fp8.split_columns` in one launch."""
     (rows, rank), columns = matrix.shape, out.shape[1]
     assert out.stride(1) == 1
     if rows and columns:
         _split_columns[(triton.cdiv(rows, _SPLIT_ROWS),)](
-            matrix, scales, divisors, out, *matrix.stride(), scales.stride(0), out.stride(0), rows, rank,
-            columns, LOW_LAST=low_last, ROWS=_SPLIT_ROWS, RANK=triton.next_power_of_2(rank), num_warps=4,
+            matrix, scales, balance, out, *matrix.stride(), scales.stride(0), out.stride(0), rows, rank,
+            columns, OF_WEIGHT=of_weight, ROWS=_SPLIT_ROWS, RANK=triton.next_power_of_2(rank), num_warps=4,
         )  # fmt: skip
 
 
@@ -81,13 +89,19 @@ def add(x: Tensor, low: LowRank | None, addends: tuple[Tensor, ...] = ()) -> Ten
     first, second = (*addends, x, x)[:2]
     assert all(matrix.stride(1) == 1 and matrix.shape == x.shape for matrix in (x, first, second))
     left, right, options = low_rank_arguments(low, x)
-    grid, how = tiles(x, _SUM)
-    _add[grid](
+    programs = triton.cdiv(features, _SUM[1])
+    parts, each = splits(_SUM_PROGRAMS // programs, tokens, _SUM[0])
+    _add[programs, parts](
         x, first, second, left, right, x.stride(0), first.stride(0), second.stride(0),
-        left.stride(0), *right.stride(), left.shape[1], tokens, features,
-        ADDENDS=len(addends), **how, **options,
+        left.stride(0), *right.stride(), left.shape[1], tokens, features, each,
+        ADDENDS=len(addends), **sum_options(), **options,
     )  # fmt: skip
     return x
+
+
+def sum_options() -> dict[str, int]:
+    """How a program of `add` works."""
+    return dict(zip(("TOKENS", "FEATURES", "num_warps", "STAGES"), _SUM, strict=True))
 
 
 def _row_options(features: int) -> dict[str, int]:
@@ -176,7 +190,7 @@ def _quantize_weight(
     tl.store(out_ptr + at, weight, mask=mask)
 
 
-@triton.jit(do_not_specialize=["tokens"])  # one compilation for any number
+@triton.jit(do_not_specialize=["tokens", "each"])  # one compilation for any number
 def _add(
     x_ptr,  # [T, C], rows x_stride apart
     first_ptr,  # [T, C], rows first_stride apart; used where ADDENDS > 0
@@ -192,32 +206,60 @@ def _add(
     rank,  # R
     tokens,  # T
     features,  # C
+    each,  # tokens of a program, a multiple of TOKENS
     ADDENDS: tl.constexpr,
     RANK: tl.constexpr,  # a power of 2 ≥ R, or 0
     TOKENS: tl.constexpr,
     FEATURES: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    token, feature, in_tokens, in_features = tile(tokens, features, TOKENS, FEATURES)
-    mask = in_tokens[:, None] & in_features[None, :]
-    row = token.to(tl.int64)[:, None]
-    x_ptr += row * x_stride + feature[None, :]
-    x = tl.load(x_ptr, mask=mask, other=0.0).to(tl.float32)
-    if ADDENDS > 0:
-        x += tl.load(first_ptr + row * first_stride + feature[None, :], mask=mask, other=0.0).to(tl.float32)
-    if ADDENDS > 1:
-        x += tl.load(second_ptr + row * second_stride + feature[None, :], mask=mask, other=0.0).to(tl.float32)
-    if RANK:
-        factors = left_ptr, right_ptr, left_stride, right_stride, right_feature_stride, rank
-        low, _ = low_rank_tile(factors, token, in_tokens, feature, in_features, RANK)
-        x += low
-    tl.store(x_ptr, x.to(x_ptr.dtype.element_ty), mask=mask)
+    feature = tl.program_id(0) * FEATURES + tl.arange(0, FEATURES)
+    in_features = feature < features
+    factors = left_ptr, right_ptr, left_stride, right_stride, right_feature_stride, rank
+    if RANK > 0 and RANK <= WHOLE:
+        right = right_tile(factors, feature, in_features, RANK)
+    first = tl.program_id(1) * each
+    for start in tl.range(first, tl.minimum(first + each, tokens), TOKENS, num_stages=STAGES):
+        token = start + tl.arange(0, TOKENS)
+        in_tokens = token < tokens
+        mask = in_tokens[:, None] & in_features[None, :]
+        row = token.to(tl.int64)[:, None]
+        x_at = x_ptr + row * x_stride + feature[None, :]
+        x = tl.load(x_at, mask=mask, other=0.0).to(tl.float32)
+        if ADDENDS > 0:
+            at = row * first_stride + feature[None, :]
+            x += tl.load(first_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        if ADDENDS > 1:
+            at = row * second_stride + feature[None, :]
+            x += tl.load(second_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        if RANK > WHOLE:
+            low, _ = low_rank_tile(factors, token, in_tokens, feature, in_features, RANK)
+            x += low
+        elif RANK:
+            x += tl.dot(left_tile(factors, token, in_tokens, RANK), right, input_precision="ieee")
+        tl.store(x_at, x.to(x_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def halves(x, dtype: tl.constexpr):
+    """The nearest values in FP8, and what they leave.
+
+    By the bits of float32: Triton 3.6 on Hopper gets the difference wrong where it is taken from values that
+    it has just converted to FP8.
+    """
+    x = tl.clamp(x, -448.0, 448.0)
+    bits = x.to(tl.int32, bitcast=True)
+    nearest = (bits + 0x7FFFF + ((bits >> 20) & 1)) & -0x100000  # three bits after the first, to even
+    in_steps = (x + 24576.0) - 24576.0  # of 2^-9, as below 2^-6
+    high = tl.where(tl.abs(x) < 0.015625, in_steps, nearest.to(tl.float32, bitcast=True))
+    return high.to(dtype), (x - high).to(dtype)
 
 
 @triton.jit(do_not_specialize=["rows"])  # one compilation for any number
 def _split_columns(
     matrix_ptr,  # [N, R], any strides
     scales_ptr,  # float32 [N], scales_stride apart
-    factors_ptr,  # float32 [R], that divide
+    balance_ptr,  # float32 [R], that divides, or multiplies where OF_WEIGHT
     values_ptr,  # fp8 [N, C], rows values_stride apart
     row_stride,
     column_stride,
@@ -226,7 +268,7 @@ def _split_columns(
     rows,  # N
     rank,  # R
     columns,  # C
-    LOW_LAST: tl.constexpr,
+    OF_WEIGHT: tl.constexpr,
     ROWS: tl.constexpr,
     RANK: tl.constexpr,  # a power of 2 ≥ R
 ):
@@ -237,14 +279,14 @@ def _split_columns(
     at = row.to(tl.int64)[:, None]
     x = tl.load(matrix_ptr + at * row_stride + index[None, :] * column_stride, mask=mask, other=0.0)
     scale = tl.load(scales_ptr + row * scales_stride, mask=in_rows, other=1.0)
-    divisor = tl.load(factors_ptr + index, mask=in_rank, other=1.0)
-    x = x.to(tl.float32) / scale[:, None] / divisor[None, :]
-    high = tl.clamp(x, -448.0, 448.0).to(values_ptr.dtype.element_ty)
-    low = (x - high.to(tl.float32)).to(values_ptr.dtype.element_ty)
+    balance = tl.load(balance_ptr + index, mask=in_rank, other=1.0)
+    x = x.to(tl.float32) / scale[:, None]
+    x = x * balance[None, :] if OF_WEIGHT else x / balance[None, :]
+    high, low = halves(x, values_ptr.dtype.element_ty)
     start = values_ptr + at * values_stride + index[None, :]
     tl.store(start, high, mask=mask)
-    tl.store(start + (rank if LOW_LAST else 2 * rank), high, mask=mask)
-    tl.store(start + (2 * rank if LOW_LAST else rank), low, mask=mask)
+    tl.store(start + (rank if OF_WEIGHT else 2 * rank), high, mask=mask)
+    tl.store(start + (2 * rank if OF_WEIGHT else rank), low, mask=mask)
     left = 3 * rank + tl.arange(0, 16)
     empty = tl.zeros([ROWS, 16], tl.float32).to(values_ptr.dtype.element_ty)
     mask = in_rows[:, None] & (left < columns)[None, :]

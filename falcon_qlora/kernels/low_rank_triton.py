@@ -10,7 +10,7 @@ from falcon_qlora.kernels.low_rank import LowRank
 
 # Lanes for LoRA's rank that are loaded together. Whole tiles of a larger rank do not fit into the shared
 # memory of most GPUs, so they are loaded in pieces.
-_WHOLE, _PIECE = tl.constexpr(128), tl.constexpr(64)
+WHOLE, _PIECE = tl.constexpr(128), tl.constexpr(64)
 
 
 def low_rank_arguments(low: LowRank | None, like: Tensor) -> tuple[Tensor, Tensor, dict[str, int]]:
@@ -28,6 +28,12 @@ def tiles(x: Tensor, tile: tuple[int, int, int]) -> tuple[tuple[int], dict[str, 
     return (count,), {"TOKENS": tokens, "FEATURES": features, "num_warps": warps}
 
 
+def splits(wanted: int, size: int, tile: int) -> tuple[int, int]:
+    """How many programs share `size`, and what each has of it, in whole tiles."""
+    each = triton.cdiv(triton.cdiv(size, max(wanted, 1)), tile) * tile
+    return triton.cdiv(size, max(each, 1)), each
+
+
 @triton.jit
 def tile(tokens, features, TOKENS: tl.constexpr, FEATURES: tl.constexpr):
     """This program's part of ``[tokens, features]``: its rows, its columns, and which of them exist."""
@@ -43,7 +49,7 @@ def low_rank_tile(low, token, in_tokens, feature, in_features, RANK: tl.constexp
 
     `low` is both pointers, the strides of `left`'s rows, of `right`'s rows and of its columns, and the rank.
     """
-    if RANK <= _WHOLE:
+    if RANK <= WHOLE:
         product, squares = _columns(low, token, in_tokens, feature, in_features, 0, RANK)
     else:
         product, squares = _columns(low, token, in_tokens, feature, in_features, 0, _PIECE)
@@ -68,3 +74,23 @@ def _columns(low, token, in_tokens, feature, in_features, start, COLUMNS: tl.con
     right = tl.load(right_ptr + at, mask=mask, other=0.0)
     wide = left.to(tl.float32)
     return tl.dot(left, right, input_precision="ieee"), tl.sum(wide * wide, 1)
+
+
+@triton.jit
+def left_tile(low, token, in_tokens, RANK: tl.constexpr):
+    """Rows ``[TOKENS, RANK]`` of `left`, zeros where it ends."""
+    left_ptr, _, stride, _, _, rank = low
+    index = tl.arange(0, RANK)
+    mask = in_tokens[:, None] & (index < rank)[None, :]
+    return tl.load(left_ptr + token.to(tl.int64)[:, None] * stride + index[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def right_tile(low, feature, in_features, RANK: tl.constexpr):
+    """Columns ``[RANK, FEATURES]`` of `right`, likewise."""
+    _, right_ptr, _, stride, feature_stride, rank = low
+    index = tl.arange(0, RANK)
+    mask = (index < rank)[:, None] & in_features[None, :]
+    return tl.load(
+        right_ptr + index[:, None] * stride + feature[None, :] * feature_stride, mask=mask, other=0.0
+    )

@@ -31,7 +31,9 @@ from falcon_qlora.bench.runners import Settings, build
 from falcon_qlora.bench.variants import VARIANTS
 from falcon_qlora.kernels import (
     fp8,
+    fp8_bounds,
     fp8_gelu,
+    fp8_low_rank,
     fp8_quantize,
     fp8_swiglu,
     gelu,
@@ -105,16 +107,18 @@ def cases(sizes: kernel_benchmark.Sizes, tokens: int) -> Iterator[tuple[str, Cal
         )
     before, grad = make(tokens, wide), make(tokens, wide)
     bound = torch.full((tokens,), 100.0, device=DEVICE)
-    a = lows[1].right
+    yield f"GELU [{tokens}, {wide}]", lambda: fp8.gelu(before, lows[0], bound), 3 * before.numel()
     yield (
-        f"GELU with the next t [{tokens}, {wide}]",
-        lambda: fp8.gelu(before, lows[0], bound, a),
-        7 * before.numel(),
+        f"GELU, backward, and its output again [{tokens}, {wide}]",
+        lambda: fp8.gelu_backward(grad, lows[1], bound, before, lows[0], bound),
+        6 * before.numel(),
     )
+    rows, a = fp8.quantize_rows(before)[0], make(64, wide)
+    yield f"FP8 into LoRA's r 64 [{tokens}, {wide}]", lambda: fp8.into_low_rank(a, rows), before.numel()
     yield (
-        f"GELU, backward, with two gradients of LoRA [{tokens}, {wide}]",
-        lambda: fp8.gelu_backward(grad, lows[1], before, lows[0], bound),
-        7 * before.numel(),
+        f"sum over tokens of LoRA's r 64 and FP8 [{tokens}, {wide}]",
+        lambda: fp8.gathered(lows[0].left, rows),
+        before.numel(),
     )
 
 
@@ -165,28 +169,23 @@ def time_swiglu(wide: int, tokens: int) -> None:
 
 
 def tune(sizes: kernel_benchmark.Sizes, tokens: int) -> None:
-    """Times of GELU's and the sum's kernels with other tiles; GELU's also with LoRA's products apart."""
+    """Times of kernels with other tiles."""
     choices: list[tuple[ModuleType, str, str]] = [
-        (fp8_gelu, "_FORWARD", "GELU with"), (fp8_gelu, "_ALONG_COLUMNS", "GELU, backward"),
+        (fp8_gelu, "_FORWARD", "GELU ["), (fp8_gelu, "_BACKWARD", "GELU, backward"),
+        (fp8_low_rank, "_INTO", "FP8 into"), (fp8_low_rank, "_SUM", "sum over tokens"),
         (fp8_quantize, "_SUM", "sum of LoRA's r 128 and 2 more"),
     ]  # fmt: skip
-    rank = fp8_gelu._LARGEST_RANK
     for module, constant, start in choices:
         before = getattr(module, constant)
         work = next(work for name, work, _ in cases(sizes, tokens) if name.startswith(start))
         times = []
-        if constant == "_ALONG_COLUMNS":
-            fp8_gelu._LARGEST_RANK = 0
-            times.append((1e3 * kernel_benchmark.milliseconds(work), (0, 0, 0)))
-            fp8_gelu._LARGEST_RANK = rank
-        for tile in product((32, 64, 128), (64, 128), (4, 8)):
-            setattr(module, constant, tile)
+        for tile in product((32, 64, 128), (64, 128, 256), (4, 8)):
+            setattr(module, constant, (*tile, *before[3:]))
             with contextlib.suppress(Exception):  # what does not compile is no choice
                 times.append((1e3 * kernel_benchmark.milliseconds(work), tile))
         setattr(module, constant, before)
         print(
-            f"- {constant}, now {before}, zeros for apart: "
-            + ", ".join(f"{t:.0f} µs {tile}" for t, tile in sorted(times)),
+            f"- {constant}, now {before}: " + ", ".join(f"{t:.0f} µs {tile}" for t, tile in sorted(times)),
             flush=True,
         )
 
@@ -240,7 +239,7 @@ def check_products() -> None:
 
 def compilations() -> int:
     found = 0
-    for module in (fp8_gelu, fp8_quantize, gelu, layer_norm, nf4, rotary, rows):
+    for module in (fp8_bounds, fp8_gelu, fp8_low_rank, fp8_quantize, gelu, layer_norm, nf4, rotary, rows):
         for function in vars(module).values():
             for caches in getattr(function, "device_caches", {}).values():
                 found += len(caches[0])

@@ -25,7 +25,9 @@ from triton.runtime import JITFunction
 from falcon_qlora.kernels import (
     convolution_triton,
     dropout_triton,
+    fp8_bounds,
     fp8_gelu,
+    fp8_low_rank,
     fp8_quantize,
     fp8_swiglu,
     gate_triton,
@@ -46,14 +48,16 @@ from falcon_qlora.kernels import (
 MODULES: tuple[ModuleType, ...] = (gelu, int8, layer_norm, nf4, rms_norm, rotary, rows, softmax, swiglu)
 MODULES += (dropout_triton, prefix_triton, scale_shift_triton)
 MODULES += (convolution_triton, gate_triton, ssd_triton)
-FP8_MODULES: tuple[ModuleType, ...] = (fp8_gelu, fp8_quantize, fp8_swiglu)
+FP8_MODULES: tuple[ModuleType, ...] = (fp8_bounds, fp8_gelu, fp8_low_rank, fp8_quantize, fp8_swiglu)
 FP8_CAPABILITY = 89
 FLOAT32 = {"code_ptr", "offset_ptr", "nested_code_ptr", "nested_absmax_ptr", "mean_ptr", "rstd_ptr"}
 FLOAT32 |= {"cosine_ptr", "sine_ptr", "losses_ptr", "scale_ptr", "scales_ptr", "lengths_ptr", "bound_ptr"}
 FLOAT32 |= {"least_ptr", "longest_ptr", "factors_ptr", "gate_ptr", "of_gate_ptr", "sums_ptr", "bias_ptr"}
 FLOAT32 |= {"first_scale_ptr", "first_bias_ptr", "second_scale_ptr", "second_bias_ptr"}
 FLOAT32 |= {"multipliers_ptr", "rate_ptr", "steps_ptr", "inner_ptr", "of_inner_ptr", "direct_ptr"}
-FLOAT32 |= {"within_ptr", "entered_ptr", "leaving_ptr", "past_ptr"}
+FLOAT32 |= {"of_scales_ptr", "grad_bound_ptr", "of_longest_ptr", "balance_ptr", "largest_ptr"}
+FLOAT32 |= {"of_rank_ptr", "within_ptr", "entered_ptr", "leaving_ptr", "past_ptr"}
+FP8 = {"values_ptr", "of_values_ptr", "halves_ptr"}
 # What counts few things, or things of any number: no multiples of 16.
 UNALIGNED = {"eps", "scale", "tokens", "groups", "group", "keys", "queries", "prefix"}
 UNALIGNED |= {"low", "high", "threshold", "factor", "gate_multiplier", "multiplier"}
@@ -148,18 +152,17 @@ def fp8_variants(capability: int) -> Iterator[tuple[JITFunction, dict[str, Any]]
     for features in (4544, 8192, 14848, 46080):  # the last: Falcon3's gate and up
         for bounded in (False, True):
             yield fp8_quantize._quantize_rows, {"LEAST": bounded, **fp8_quantize._row_options(features)}
-    for low_last in (False, True):
+    for of_weight in (False, True):
         options = {"ROWS": fp8_quantize._SPLIT_ROWS, "RANK": 64, "num_warps": 4}
-        yield fp8_quantize._split_columns, {"LOW_LAST": low_last, **options}
+        yield fp8_quantize._split_columns, {"OF_WEIGHT": of_weight, **options}
     for kernel in (fp8_swiglu._swiglu, fp8_swiglu._swiglu_backward):
         yield kernel, fp8_swiglu._options(23040)
     for is_int8 in (False, True):
         for transpose in (False, True):
             tile = {"TILE": fp8_quantize._TILE, "num_warps": fp8_quantize._TILE_WARPS}
             yield fp8_quantize._quantize_weight, {"INT8": is_int8, "TRANSPOSE": transpose, **tile}
-    tile = dict(zip(("TOKENS", "FEATURES", "num_warps"), fp8_quantize._SUM, strict=True))
     for addends, rank in ((0, 64), (1, 128), (2, 1024), (2, 0)):
-        yield fp8_quantize._add, {"ADDENDS": addends, "RANK": rank, **tile}
+        yield fp8_quantize._add, {"ADDENDS": addends, "RANK": rank, **fp8_quantize.sum_options()}
     for rank in (0, 64, 512):
         tile = dict(zip(("TOKENS", "FEATURES", "num_warps"), fp8_gelu._FORWARD, strict=True))
         yield fp8_gelu._gelu, {"RANK": rank, **tile}
@@ -167,6 +170,14 @@ def fp8_variants(capability: int) -> Iterator[tuple[JITFunction, dict[str, Any]]
         yield fp8_gelu._gelu_backward, {"RANK": rank, "OF_RANK": rank, **tile}
     if capability // 10 in fp8_gelu.WITH_REGISTERS:
         yield fp8_gelu._gelu_backward_and_low_rank, {"RANK": 64, "OF_RANK": 64, **fp8_gelu._along_columns()}
+    yield fp8_low_rank._into_low_rank, {"RANK": 64, **fp8_low_rank._options(fp8_low_rank._INTO)}
+    split = {"PARTS": 256, "RANK": 64, "FEATURES": fp8_low_rank._SPLIT_FEATURES, "num_warps": 4}
+    yield fp8_low_rank._split_rows, split
+    yield fp8_low_rank._gathered, {"RANK": 64, **fp8_low_rank._options(fp8_low_rank._SUM)}
+    yield fp8_bounds._measure, {"RANK": 64, "FEATURES": fp8_bounds._FEATURES, "num_warps": fp8_bounds._WARPS}
+    yield fp8_bounds._balance, {"PARTS": 256, "LANES": fp8_bounds._LANES, "num_warps": fp8_bounds._WARPS}
+    yield fp8_bounds._least, fp8_bounds._rows(64)
+    yield fp8_bounds._bound_scales, {"LOW": True, "PARTS": 256, **fp8_bounds._rows(64)}
 
 
 def name_of(kernel: Any) -> str:
@@ -200,7 +211,7 @@ def _type(name: str, options: dict[str, Any]) -> str:
         return "*i32"
     if name in ("targets_ptr", "positions_ptr"):
         return "*i64"
-    if name == "values_ptr" or (name == "out_ptr" and (options.get("SCALED") or "TRANSPOSE" in options)):
+    if name in FP8 or (name == "out_ptr" and (options.get("SCALED") or "TRANSPOSE" in options)):
         return "*fp8e4nv"
     if name == "int8_ptr" or (name == "weight_ptr" and options.get("INT8")):
         return "*i8"

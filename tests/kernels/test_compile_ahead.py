@@ -45,8 +45,9 @@ def test_kernels_compile_and_fit(capability: int, repository: Path, tmp_path: Pa
         most = STACK_BYTES_OF.get((capability, one["kernel"]), STACK_BYTES)
         assert one["stack_bytes"] <= most, f"registers are kept in memory: {one}"
         stores_sums_alone = one["kernel"].startswith("scale_shift") and one["options"].get("NORM", False)
-        few_columns = one["kernel"] == "ssd_triton._of_steps"  # one a head
-        assert one["vector_stores"] > 0 or stores_sums_alone or few_columns, f"stores too short: {one}"
+        # One value a head, or a row.
+        stores_few = one["kernel"] == "ssd_triton._of_steps" or one["kernel"].startswith("fp8_bounds.")
+        assert one["vector_stores"] > 0 or stores_sums_alone or stores_few, f"stores too short: {one}"
 
 
 def launched(capability: int) -> set[str]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from falcon_qlora.kernels import fp8, fp8_gelu_products
-from falcon_qlora.kernels.fp8_gelu_products import PLAIN, balance, columns_of, least, put, times_transposed
+from falcon_qlora.kernels.fp8_gelu_products import PLAIN, balance, columns_of, least, put
 from falcon_qlora.kernels.fp8_rows import Rows
 from falcon_qlora.kernels.libraries import Loaded
 from falcon_qlora.kernels.low_rank import LowRank
@@ -66,7 +66,7 @@ def low_rank_in_columns(b: float, outlier: float = 1, a: float = 1, rank: int = 
     low = LowRank(t.bfloat16(), (torch.randn(144, rank, generator=generator) * b).bfloat16().T)
     columns, k = columns_of(rank), balance(into, low.right, scale)
     values = torch.empty(96, columns + 256, dtype=fp8.DTYPE)
-    rows, _ = fp8.quantize_rows(x, values[:, columns:], least(low, k))
+    rows, _ = fp8.quantize_rows(x, values[:, columns:], least(k, low))
     right = torch.empty(144, columns, dtype=fp8.DTYPE)
     put(low, rows.scales, scale, k, values[:, :columns], right)
     found = values[:, :columns].double() @ right.double().T * rows.scales.double()[:, None] * scale.double()
@@ -96,19 +96,9 @@ def test_bugs_would_be_seen(bug: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if bug == "no balance":
         monkeypatch.setitem(globals(), "balance", lambda into, right, scale: torch.ones(len(into)))
     if bug == "no least":
-        monkeypatch.setitem(globals(), "least", lambda low, k: None)
+        monkeypatch.setitem(globals(), "least", lambda k, low: None)
     worst = max(low_rank_in_columns(b)[0] for b in (1e-4, 1e-2, 30, 1e4))
     assert not worst < BFLOAT16
-
-
-@pytest.mark.parametrize("rank", [0, 5, 8, 64])
-def test_the_next_t_from_fp8(rank: int, emulated: None) -> None:
-    generator = torch.Generator().manual_seed(0)
-    rows, _ = fp8.quantize_rows(torch.randn(20, 272, generator=generator))
-    a = torch.randn(rank, 272, generator=generator)
-    found = times_transposed(rows, a, torch.float32)
-    assert_close(found, rows.float() @ a.T, rtol=0, atol=0.1)
-    assert found.shape == (20, rank)
 
 
 @pytest.mark.parametrize(
@@ -205,10 +195,10 @@ def test_a_part_of_lora_far_larger_than_the_weights_stays_in_range(in_products: 
         expected = block.normalize(hidden)[0][0] @ whole[0].T
         after = products.after_gelu[0].float()
         low_out = products.leave(before, hidden, low_in, hidden)[1]
-        _, _, (of_before, wide, _), _ = products.leave_backward(grad, before, lambda: hidden, low_in, low_out)
+        _, _, (of_before, _), _ = products.leave_backward(grad, before, lambda: hidden, low_in, low_out)
         of_expected = torch.ops.aten.gelu_backward(grad @ whole[1], before)
     gelu = torch.nn.functional.gelu(expected)
-    for found, exact in ((before, expected), (after, gelu), (wide, of_expected), (of_before.float(), wide)):
+    for found, exact in ((before, expected), (after, gelu), (of_before.float(), of_expected)):
         assert (found - exact).norm() < 0.05 * exact.norm()
 
 
@@ -229,10 +219,8 @@ def test_no_row_depends_on_others_by_a_bit(layout: str, in_products: None) -> No
             products = state.products(block, adapters)
             (_, before), low_in = products.enter(hidden)
             output, low_out = products.leave(before, hidden, low_in, hidden)
-            _, _, (of_before, wide, _), _ = products.leave_backward(
-                grad, before, lambda: hidden, low_in, low_out
-            )
-        results.append([each[:10] for each in (before, output, of_before.float(), wide)])
+            _, _, (of_before, _), _ = products.leave_backward(grad, before, lambda: hidden, low_in, low_out)
+        results.append([each[:10] for each in (before, output, of_before.float())])
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
 
 
@@ -312,7 +300,7 @@ def test_it_takes_rows_of_zeros() -> None:
     left, right = (torch.empty(size, columns_of(4), dtype=fp8.DTYPE) for size in (3, 16))
     scale = torch.tensor(1.0)
     k = balance(torch.zeros(4, 16), low.right, scale)
-    assert not least(low, k).any()
+    assert not least(k, low).any()
     put(low, torch.ones(3), scale, k, left, right)
     assert not Rows(left, torch.ones(3)).float().any()
     assert not right.float().any()
@@ -369,9 +357,11 @@ def test_the_library_is_asked_for_what_the_plain_forms_compute(library: ModuleTy
     ours, theirs = (each.forward(rows, weight, scale, scales, torch.bfloat16) for each in (products, PLAIN))
     assert_close(ours[0], theirs[0])
     assert_close(ours[1].float(), theirs[1].float(), rtol=0.13, atol=0)
-    back, of_plain = (each.backward(rows, weight, scale, scales, before) for each in (products, PLAIN))
-    assert_close(back[1:], of_plain[1:])
-    assert_close(back[0].float(), of_plain[0].float(), rtol=0.13, atol=0)
+    back, of_plain = (
+        each.backward(rows, weight, scale, scales, scales / 2, before) for each in (products, PLAIN)
+    )
+    for found, expected in zip(back, of_plain, strict=True):
+        assert_close(found.float(), expected.float(), rtol=0.13, atol=0)
     empty = products.forward(
         Rows(rows.values[:0], rows.scales[:0]), weight, scale, scales[:0], torch.bfloat16
     )
