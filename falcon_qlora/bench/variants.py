@@ -110,7 +110,10 @@ def _ours() -> Iterator[Variant]:
             what = f"with PyTorch and Triton alone, {mode}, {dtype}"
             yield computed(name=f"{name}-no-libraries", what=what, libraries=False)
         what = f"products in fp8, with weights kept in FP8, {mode}"
-        yield stored(name=f"ours{suffix}-fp8-kept", what=what, compute_dtype="fp8", keep_fp8=True)
+        kept = functools.partial(stored, compute_dtype="fp8", keep_fp8=True)
+        yield kept(name=f"ours{suffix}-fp8-kept", what=what)
+        what += ", PyTorch and Triton alone"
+        yield kept(name=f"ours{suffix}-fp8-kept-no-libraries", what=what, libraries=False)
         yield stored(name=f"ours{suffix}-dropout", what=f"with LoRA dropout 0.1, {mode}", lora_dropout=0.1)
 
 
