@@ -88,7 +88,8 @@ def _split_rows(
     high, low = halves(a, halves_ptr.dtype.element_ty)
     at = index.to(tl.int64)[:, None] * features + feature[None, :]
     tl.store(halves_ptr + at, high, mask=mask)
-    tl.store(halves_ptr + rank.to(tl.int64) * features + at, low, mask=mask)
+    at = (index + rank).to(tl.int64)[:, None] * features + feature[None, :]
+    tl.store(halves_ptr + at, low, mask=mask)
 
 
 @triton.jit(do_not_specialize=["tokens"])  # one compilation for any number
@@ -112,7 +113,7 @@ def _into_low_rank(
     in_tokens, in_rank = token < tokens, index < rank
     row = values_ptr + token.to(tl.int64)[:, None] * values_stride
     high_ptr = halves_ptr + index.to(tl.int64)[None, :] * features
-    low_ptr = high_ptr + rank.to(tl.int64) * features
+    low_ptr = halves_ptr + (index + rank).to(tl.int64)[None, :] * features
     found = tl.zeros([TOKENS, RANK], tl.float32)
     for start in tl.range(0, features, FEATURES, num_stages=STAGES):
         feature = start + tl.arange(0, FEATURES)

@@ -279,7 +279,7 @@ def test_swiglu_gives_the_bits_of_separate_passes(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("rank", [3, 16, 100])
+@pytest.mark.parametrize("rank", [1, 16, 100])
 @pytest.mark.parametrize("shape", [(1, 16), (70, 272), (200, 144)], ids=str)
 def test_products_of_the_low_rank_with_fp8(
     shape: tuple[int, int], rank: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
