@@ -196,7 +196,7 @@ def gelu_backward(
 
     Returns:
         the gradient dx in FP8 ``[T, F]``; ``low_grad.leftᵀ @ y``, float32 ``[R, F]``, with GELU's output y;
-        ``low.leftᵀ @ dx`` likewise. None without LoRA there.
+        ``low.leftᵀ @ dx`` likewise, of y and dx in `x`'s dtype or in FP8. None without LoRA there.
     """
     wide = _added(x, low)
     dx = torch.ops.aten.gelu_backward(_added(grad, low_grad), wide)

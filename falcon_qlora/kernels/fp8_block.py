@@ -1,11 +1,12 @@
-"""A block's products in FP8, with LoRA beside them in the dtype of the activations.
+"""A block's products in FP8, with LoRA beside them.
 
 Every linear is a product of its own: operands have one scale per row, which matrices quantized together
 would share. Unless kept, a frozen weight is quantized for every product, in the layout that it reads, each
 time into the same memory. LoRA's part is added where the product's output is read next, see `fp8_gelu`. So
 what is kept of h_to_4h's output is the frozen part. With `Fp8.gelu` the products on either side of GELU have
 LoRA's part in them, and GELU in their epilogue: what is kept is GELU's input. GELU's output and its input's
-gradient are in FP8 alone, and LoRA's products on either side read them so.
+gradient are in FP8 alone, and LoRA's products on either side read them so; its others are in the dtype of the
+activations.
 
 Rows for the products on either side of GELU are quantized by Cauchy-Schwarz bounds. A norm's output before
 weight and bias is no longer than the root of H, which bounds h_to_4h's output once and for all. The gradient

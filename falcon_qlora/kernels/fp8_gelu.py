@@ -71,8 +71,8 @@ def gelu_backward(
     left, right, rank = low_rank_arguments(low, x)
     of_left, of_right, of_rank = low_rank_arguments(low_grad, x)
     of_a, of_b = (
-        torch.empty(parts, each.shape[1], features, dtype=torch.float32, device=x.device)
-        for each in (of_left, left)
+        torch.empty(parts, one.shape[1], features, dtype=torch.float32, device=x.device)
+        for one in (of_left, left)
     )
     _gelu_backward_and_low_rank[programs, parts](
         grad, x, values, scales, grad_bound, left, right, of_left, of_right, _longest(low_grad, bound),

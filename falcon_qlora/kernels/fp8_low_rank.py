@@ -1,4 +1,4 @@
-"""LoRA's products with matrices in FP8, which they read once and nothing beside."""
+"""LoRA's products with matrices in FP8, which they read once for every 64 ranks."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ _SPLIT_FEATURES = 64
 
 
 def into_low_rank(a: Tensor, rows: Rows) -> Tensor:
-    """`fp8.into_low_rank` in one pass, with each value of `a` as the sum of two in FP8."""
+    """`fp8.into_low_rank`, with each value of `a` as the sum of two in FP8."""
     (tokens, features), rank = rows.values.shape, len(a)
     out = torch.empty(tokens, rank, dtype=a.dtype, device=a.device)
     if out.numel():
         _, largest = measured(a)
         both = torch.empty(2, rank, features, dtype=DTYPE, device=a.device)
         scales = torch.empty(rank, dtype=torch.float32, device=a.device)
-        piece = piece_of(rank)
+        piece, lanes = piece_of(rank), triton.next_power_of_2(len(largest))
         _split_rows[(triton.cdiv(features, _SPLIT_FEATURES), triton.cdiv(rank, piece))](
             a, largest, both, scales, *a.stride(), features, rank, len(largest),
-            PARTS=triton.next_power_of_2(len(largest)), RANK=piece, FEATURES=_SPLIT_FEATURES, num_warps=4,
+            PARTS=lanes, RANK=piece, FEATURES=_SPLIT_FEATURES, num_warps=4 if lanes <= 256 else 8,
         )  # fmt: skip
         grid = triton.cdiv(tokens, _INTO[0]), triton.cdiv(rank, piece)
         _into_low_rank[grid](
@@ -45,10 +45,11 @@ def gathered(low: Tensor, rows: Rows) -> Tensor:
     (tokens, features), rank = rows.values.shape, low.shape[1]
     assert low.stride(1) == 1
     programs, piece = triton.cdiv(features, _SUM[1]), piece_of(rank)
-    parts, each = splits(_SUM_PROGRAMS // programs, tokens, _SUM[0])
+    pieces = triton.cdiv(rank, piece)
+    parts, each = splits(_SUM_PROGRAMS // (programs * max(pieces, 1)), tokens, _SUM[0])
     out = torch.empty(parts, rank, features, dtype=torch.float32, device=low.device)
     if out.numel():
-        _gathered[programs, parts, triton.cdiv(rank, piece)](
+        _gathered[programs, parts, pieces](
             *rows, low, out, rows.values.stride(0), low.stride(0), tokens, features, rank, each,
             RANK=piece, **_options(_SUM),
         )  # fmt: skip

@@ -399,6 +399,6 @@ def _spans(sizes: Sequence[int]) -> list[slice]:
 
 def mm_float32(a: Tensor, b: Tensor) -> Tensor:
     """``a @ b`` in float32; on a GPU the sum over tokens is not rounded to bfloat16 before."""
-    if a.is_cuda and a.dtype != torch.float32:
+    if a.is_cuda and a.dtype != torch.float32 and len(a) and b.shape[1]:
         return torch.mm(a, b, out_dtype=torch.float32)  # type: ignore[call-overload]
     return (a @ b).float()
