@@ -246,6 +246,7 @@ def test_bounds_beside_the_low_rank_part(tokens: int, features: int, rank: int, 
         (fp8.bound_scales, (bound, None, 1.13)),
         (fp8.bound_scales, (bound[-1:].expand(tokens), low)),
         (balance, (into, low.right, scale)),
+        (balance, (into, low.right, 1e4 * scale)),  # where the rows' size decides
         (balance, (into.T.contiguous().T, low.right.contiguous(), scale)),
         (balance, (torch.zeros_like(into), torch.zeros_like(low.right), scale)),
         (least, (random(rank, 1, seed=4)[:, 0].abs() + 0.1, low)),
