@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +17,13 @@ from falcon_qlora.data.packing import MicroBatch, collate
 from falcon_qlora.kernels import fp8
 from falcon_qlora.methods.lora import Lora
 from falcon_qlora.models.activations import set_checkpointing
-from falcon_qlora.models.fast_path import apply_fast_path, described, keep_fp8_weights, remove_fast_path
+from falcon_qlora.models.fast_path import (
+    apply_fast_path,
+    described,
+    keep_dequantized_weights,
+    keep_fp8_weights,
+    remove_fast_path,
+)
 from falcon_qlora.models.forward import disable_packing, enable_packing
 from falcon_qlora.step.loss import sum_of_losses
 
@@ -80,8 +87,9 @@ def build(variant: Variant, base: Any, settings: Settings, kept: dict[str, Any])
         if variant.kernels == "auto":
             in_fp8 = variant.compute_dtype == "fp8"
             report = apply_fast_path(model, fp8_products=in_fp8, libraries=variant.libraries)
-            if variant.keep_fp8:
+            if variant.keep:
                 keep_fp8_weights(model)
+                keep_dequantized_weights(model, sys.maxsize)
             left = [what for what in report.values() if what.startswith("reference")]
             notes += (
                 [f"{len(left)} of {len(report)} blocks fall back: {left[0]}"] if left else [described(report)]

@@ -50,7 +50,8 @@ class Variant:
         kernels: ``auto`` runs the fast blocks, ``off`` the reference path.
         libraries: whether optional kernel libraries may be used if installed.
         lora_dropout: before the low-rank product.
-        keep_fp8: whether the frozen weights are quantized to FP8 once, as training does if memory allows.
+        keep: whether the frozen weights are made once rather than for every product: in FP8, as training does
+            if memory allows, or dequantized.
         padding: None packs; ``longest`` and ``max_length`` pad the same rows instead.
         engine: another tool's step; None for this project's.
         largest_batch: whether the micro-batch is the largest that fits, whatever ``--tokens`` says.
@@ -64,7 +65,7 @@ class Variant:
     kernels: Literal["auto", "off"] = "auto"
     libraries: bool = True
     lora_dropout: float = 0.0
-    keep_fp8: bool = False
+    keep: bool = False
     padding: Literal["longest", "max_length"] | None = None
     engine: Engine | None = None
     largest_batch: bool = False
@@ -109,11 +110,10 @@ def _ours() -> Iterator[Variant]:
                 yield computed(name=f"{name}-{how}", what=what, checkpointing=how)
             what = f"with PyTorch and Triton alone, {mode}, {dtype}"
             yield computed(name=f"{name}-no-libraries", what=what, libraries=False)
-        what = f"products in fp8, with weights kept in FP8, {mode}"
-        kept = functools.partial(stored, compute_dtype="fp8", keep_fp8=True)
-        yield kept(name=f"ours{suffix}-fp8-kept", what=what)
-        what += ", PyTorch and Triton alone"
-        yield kept(name=f"ours{suffix}-fp8-kept-no-libraries", what=what, libraries=False)
+            what = f"with frozen weights kept in {dtype}, {mode}"
+            yield computed(name=f"{name}-kept", what=what, keep=True)
+            what += ", PyTorch and Triton alone"
+            yield computed(name=f"{name}-kept-no-libraries", what=what, keep=True, libraries=False)
         yield stored(name=f"ours{suffix}-dropout", what=f"with LoRA dropout 0.1, {mode}", lora_dropout=0.1)
 
 

@@ -24,7 +24,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from falcon_qlora.kernels import ops
-from falcon_qlora.kernels.frozen_linear import Adapter, Projection, Workspace
+from falcon_qlora.kernels.frozen_linear import Adapter, Projection
+from falcon_qlora.kernels.workspace import Workspace
 
 
 class Attention(Protocol):

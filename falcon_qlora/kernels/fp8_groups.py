@@ -27,9 +27,9 @@ from falcon_qlora.kernels.frozen_linear import (
     Projection,
     SharedInput,
     SharedOutput,
-    Workspace,
 )
 from falcon_qlora.kernels.low_rank import LowRank
+from falcon_qlora.kernels.workspace import Workspace
 
 
 @dataclass(frozen=True, eq=False)

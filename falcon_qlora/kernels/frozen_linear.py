@@ -3,7 +3,9 @@
 Linears that share their input are one product, and so are those whose outputs are added. LoRA is part of
 that product: with t = x Aᵀ, ``x Wᵀ + s t Bᵀ`` is ``[x | t] [W | sB]ᵀ``, and with u = s dy B, the input's
 gradient ``dy W + u A`` is ``[dy | u] [W ; A]``. So LoRA needs no pass of its own over a large activation.
-Weights are dequantized for every product, into the same memory.
+Weights are dequantized for every product, into the same memory, unless there is room to keep them. A group's
+are kept as ``[out + R, in + R]``: forward reads the first rows, with sB at their end, and backward the first
+columns, with A below them.
 
 With dropout, t is computed from the values of x that are kept, and ``u A`` is added to the gradient at those
 values in a separate pass.
@@ -23,30 +25,9 @@ from falcon_qlora.kernels import ops
 from falcon_qlora.kernels.dropout import add_dropped, dropped
 from falcon_qlora.kernels.fp8_rows import Rows
 from falcon_qlora.kernels.low_rank import Dropout
+from falcon_qlora.kernels.workspace import Workspace
 
 Adapter = tuple[Tensor | None, Tensor | None]  # A [r, in] and B [out, r], float32
-
-
-class Workspace:
-    """Memory for one group's dequantized weights, reused by every product of every block."""
-
-    def __init__(self) -> None:
-        self._memory: dict[tuple[torch.device, torch.dtype], Tensor] = {}
-
-    def take(self, rows: int, columns: int, like: Tensor) -> Tensor:
-        """``[rows, columns]``, uninitialized; it shares memory with what was taken before."""
-        key = (like.device, like.dtype)
-        memory = self._memory.get(key)
-        if memory is None or memory.numel() < rows * columns:
-            self._memory.pop(key, None)
-            memory = None
-            with torch.inference_mode(False):  # else an evaluation's memory could not be written in training
-                memory = torch.empty(rows * columns, dtype=like.dtype, device=like.device)
-            self._memory[key] = memory
-        return memory[: rows * columns].view(rows, columns)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Workspace:
-        return Workspace()
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,10 +55,15 @@ class Group:
     """Linears that are multiplied as one, and the slices of each.
 
     Attributes:
+        features: of the input, of all linears.
+        width: of the output, of all linears.
         columns: R, the sum of the ranks, rounded up to a multiple of 8 for the matrix units.
         ranks: each linear's slice of them.
         drops: whether any LoRA has dropout.
     """
+
+    features: int
+    width: int
 
     def __init__(
         self, projections: Sequence[Projection], adapters: Sequence[Adapter], workspace: Workspace
@@ -87,6 +73,24 @@ class Group:
         self.used = self.ranks[-1].stop
         self.columns = -(-self.used // 8) * 8
         self.drops = any(each.rank and each.dropout is not None for each in projections)
+
+    def _parts(self, weight: Tensor) -> list[Tensor]:
+        """Each linear's part of ``[width or more, features or more]``."""
+        raise NotImplementedError
+
+    def _frozen(self, rows: int, columns: int, like: Tensor) -> Tensor:
+        """``[rows, columns]``; the frozen weights in its first rows and columns, nothing beside them."""
+        weights = [projection.layer.weight for projection in self.projections]
+        shape = self.width + self.columns, self.features + self.columns
+        memory = self.workspace.keep(weights, *shape, like, self._dequantize)
+        if memory is None:
+            memory = self.workspace.take(rows, columns, like)
+            self._dequantize(memory)
+        return memory[:rows, :columns]
+
+    def _dequantize(self, out: Tensor) -> None:
+        for projection, part in zip(self.projections, self._parts(out), strict=True):
+            ops.dequantize(projection.layer, part)
 
     def _put_a(self, out: Tensor, spans: Sequence[slice] | None = None) -> Tensor:
         """Write each A into its rows of ``[R, in]``, and zeros into the others'."""
@@ -128,8 +132,6 @@ class SharedInput(Group):
     """Linears with one input: their outputs are side by side.
 
     Attributes:
-        features: H, of the input.
-        width: of all outputs.
         gradient_width: of the buffer for their gradient, which is in its first columns.
     """
 
@@ -141,6 +143,9 @@ class SharedInput(Group):
         self.outputs = _spans([projection.out_features for projection in projections])
         self.width = self.outputs[-1].stop
         self.gradient_width = self.width + self.columns
+
+    def _parts(self, weight: Tensor) -> list[Tensor]:
+        return [weight[rows, : self.features] for rows in self.outputs]
 
     def project(self, extended: Tensor, again: bool) -> tuple[Tensor, Tensor]:
         """``[T, H + R]``, of which the first H are the input → outputs ``[T, width]``, and t.
@@ -161,7 +166,7 @@ class SharedInput(Group):
         """The other factor of `forward`'s product, ``[width, H + R]``, and t, put behind the input too."""
         x = extended[:, : self.features]
         low = extended.new_empty(extended.shape[0], self.columns)
-        weight = self.workspace.take(self.width, self.features + self.columns, extended)
+        weight = self._frozen(self.width, self.features + self.columns, extended)
         if self.columns:
             if self.drops:
                 low[:, self.used :] = 0
@@ -172,11 +177,10 @@ class SharedInput(Group):
             extended[:, self.features :] = low
             weight[:, self.features :] = 0
         for index, projection in enumerate(self.projections):
-            rows, rank = weight[self.outputs[index]], self.ranks[index]
-            ops.dequantize(projection.layer, rows[:, : self.features])
             if projection.rank:
-                start = self.features + rank.start
-                self._scaled_b(index, extended, rows[:, start : start + projection.rank])
+                start = self.features + self.ranks[index].start
+                part = weight[self.outputs[index], start : start + projection.rank]
+                self._scaled_b(index, extended, part)
         return weight, low
 
     def adapter_gradients(self, extended: Tensor, low: Tensor, x: Tensor) -> list[Tensor | None]:
@@ -212,9 +216,7 @@ class SharedInput(Group):
 
     def input_gradient(self, extended: Tensor, in_fp8: Rows | None = None) -> Tensor:
         """``[T, width + R]`` as `adapter_gradients` left it → ``[T, H]``; `in_fp8`: for FP8 products."""
-        weight = self.workspace.take(self.width + self.columns, self.features, extended)
-        for projection, rows in zip(self.projections, self.outputs, strict=True):
-            ops.dequantize(projection.layer, weight[rows])
+        weight = self._frozen(self.width + self.columns, self.features, extended)
         if self.drops:
             of_x = torch.mm(extended[:, : self.width], weight[: self.width])
             for index in range(len(self.projections)):
@@ -226,12 +228,7 @@ class SharedInput(Group):
 
 
 class SharedOutput(Group):
-    """Linears whose outputs are added up: their inputs are side by side.
-
-    Attributes:
-        features: of all inputs.
-        width: H, of the output.
-    """
+    """Linears whose outputs are added up: their inputs are side by side."""
 
     def __init__(
         self, projections: Sequence[Projection], adapters: Sequence[Adapter], workspace: Workspace
@@ -241,17 +238,19 @@ class SharedOutput(Group):
         self.inputs = _spans([projection.in_features for projection in projections])
         self.features = self.inputs[-1].stop
 
+    def _parts(self, weight: Tensor) -> list[Tensor]:
+        return [weight[: self.width, columns] for columns in self.inputs]
+
     def forward(self, extended: Tensor, addend: Tensor, in_fp8: Rows | None = None) -> tuple[Tensor, Tensor]:
         """``[T, features + R]``, of which the first are the inputs → ``[T, H]`` and t ``[T, R]``.
 
         `in_fp8` are the inputs too, for FP8 products.
         """
         low = self._put_low_rank(extended)
-        weight = self.workspace.take(self.width, self.features + self.columns, extended)
+        weight = self._frozen(self.width, self.features + self.columns, extended)
         if self.used < self.columns:
             weight[:, self.features + self.used :] = 0
-        for index, (projection, inputs) in enumerate(zip(self.projections, self.inputs, strict=True)):
-            ops.dequantize(projection.layer, weight[:, inputs])
+        for index, projection in enumerate(self.projections):
             if projection.rank:
                 start = self.features + self.ranks[index].start
                 self._scaled_b(index, extended, weight[:, start : start + projection.rank])
@@ -292,9 +291,7 @@ class SharedOutput(Group):
         With dropout without the R columns and rows: LoRA's part is then added separately.
         """
         extended = _with_room(grad, self.columns)
-        weight = self.workspace.take(self.width + self.columns, self.features, grad)
-        for projection, inputs in zip(self.projections, self.inputs, strict=True):
-            ops.dequantize(projection.layer, weight[: self.width, inputs])
+        weight = self._frozen(self.width + self.columns, self.features, grad)
         if self.columns:
             b = grad.new_zeros(self.width, self.columns)
             for index, projection in enumerate(self.projections):

@@ -29,10 +29,10 @@ from falcon_qlora.kernels.frozen_linear import (
     Projection,
     SharedInput,
     SharedOutput,
-    Workspace,
     aligned,
     room_behind,
 )
+from falcon_qlora.kernels.workspace import Workspace
 
 
 class Mixer(Protocol):

@@ -24,12 +24,12 @@ from falcon_qlora.kernels import flash_attention, fp8, ops, prefix, ssd_ops
 from falcon_qlora.kernels.dequantized import DequantizedProducts
 from falcon_qlora.kernels.fp8_block import Fp8
 from falcon_qlora.kernels.fp8_gelu_products import Fp8GeluProducts, fp8_gelu_products, supports
-from falcon_qlora.kernels.frozen_linear import Workspace
 from falcon_qlora.kernels.gelu_products import GeluProducts, gelu_products
 from falcon_qlora.kernels.libraries import FLASH_ATTENTION_4, QUACK, Loaded, have_gpu, is_installed
 from falcon_qlora.kernels.offload import Offload
 from falcon_qlora.kernels.scaled_products import ScaledProducts
 from falcon_qlora.kernels.sublayer import Fp8Sublayers, Sublayers
+from falcon_qlora.kernels.workspace import Workspace
 from falcon_qlora.models.activations import blocks_of
 from falcon_qlora.models.blocks import falcon, falcon_h1, llama
 from falcon_qlora.models.blocks.attention import AttentionKernel
@@ -403,6 +403,20 @@ def drop_fp8_weights(model: nn.Module) -> None:
     for products, _ in _fp8_blocks(model):
         for weight in products.weights:
             weight.kept.clear()
+
+
+def keep_dequantized_weights(model: nn.Module, room: int) -> None:
+    """Keep the frozen weights of products in the activations' dtype rather than dequantize them for each.
+
+    Args:
+        model: with the fast path, and a base that stays as it is.
+        room: bytes that they may take; linears that are multiplied as one are kept from their first product
+            on while it lasts.
+    """
+    for block in blocks_of(model):
+        state = state_of(block)
+        if state is not None:  # of one workspace
+            state.workspace.room = room
 
 
 def _fp8_blocks(model: nn.Module) -> Iterator[tuple[Any, Any]]:

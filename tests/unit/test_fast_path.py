@@ -13,14 +13,21 @@ from falcon_qlora.common.errors import UserError
 from falcon_qlora.common.fp8 import fp8_excludes
 from falcon_qlora.kernels import block as kernel
 from falcon_qlora.kernels import fp8, ops, sublayer
-from falcon_qlora.kernels.frozen_linear import Workspace
 from falcon_qlora.kernels.gelu_products import GeluProducts
 from falcon_qlora.kernels.libraries import Loaded
+from falcon_qlora.kernels.workspace import Workspace
 from falcon_qlora.methods.table import METHODS
 from falcon_qlora.models import fast_path, forward
 from falcon_qlora.models.blocks import falcon_h1, llama
 from falcon_qlora.models.blocks.falcon import block_facts
-from falcon_qlora.models.fast_path import apply_fast_path, choose_kernels, decide, described, remove_fast_path
+from falcon_qlora.models.fast_path import (
+    apply_fast_path,
+    choose_kernels,
+    decide,
+    described,
+    keep_dequantized_weights,
+    remove_fast_path,
+)
 from falcon_qlora.models.forward import enable_packing
 from falcon_qlora.models.layouts import layout_of
 from falcon_qlora.models.layouts.falcon import Falcon
@@ -609,6 +616,38 @@ def test_only_gradients_that_are_needed_are_computed(layout, targets, weights):
         patch.setattr(Workspace, "take", counted)
         model(**packed(documents(LENGTHS))).loss.backward()
     assert len(rows) == weights
+
+
+@pytest.mark.parametrize(("layout", "mode"), [*LAYOUTS_AND_MODES, *SEQUENTIAL_MODES])
+@pytest.mark.parametrize("room", ["for all", "for half", "for none"])
+def test_weights_that_are_kept_are_dequantized_once(layout, mode, room, monkeypatch):
+    model = adapted(layout, mode)
+    vary_norms(model)
+    every = packed(documents(LENGTHS))
+    few = few_targets(every)
+    reference, of_few = step(model, every), step(model, few)
+    with model.disable_adapter(), torch.no_grad():
+        without = model(**every).loss
+    apply_fast_path(model)
+    made = []
+    dequantize = ops.dequantize
+    monkeypatch.setattr(ops, "dequantize", lambda *a: made.append(a) or dequantize(*a))
+    assert_same(step(model, every), reference)
+    always, linears = len(made), len(layout_of(model.config).linears)
+    size = 4 * layout_of(model.config).linear_parameter_count()
+    keep_dequantized_weights(model, {"for all": 2 * size, "for half": size // 2, "for none": 0}[room])
+    # A call without adapters is the first, and one of fewer rows reads and writes beside the weights.
+    with model.disable_adapter(), torch.inference_mode():
+        assert_close(model(**every).loss, without, rtol=1e-5, atol=0)
+    assert_same(step(model, few), of_few)
+    assert_same(step(model, every), reference)
+    made.clear()
+    with model.disable_adapter(), torch.no_grad():
+        assert_close(model(**every).loss, without, rtol=1e-5, atol=0)
+    assert len(made) == {"for all": 0, "for none": 2 * linears}.get(room, len(made))
+    made.clear()
+    assert_same(step(model, every), reference)
+    assert (len(made) == 0, len(made) == always) == (room == "for all", room == "for none")
 
 
 def facts(**changes):

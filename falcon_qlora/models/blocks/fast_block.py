@@ -19,10 +19,11 @@ from falcon_qlora.common.fp8 import fp8_excludes
 from falcon_qlora.kernels import block as kernel
 from falcon_qlora.kernels.block import Block, Products
 from falcon_qlora.kernels.fp8_block import Fp8
-from falcon_qlora.kernels.frozen_linear import Adapter, Projection, Workspace
+from falcon_qlora.kernels.frozen_linear import Adapter, Projection
 from falcon_qlora.kernels.low_rank import Dropout
 from falcon_qlora.kernels.offload import Offload
 from falcon_qlora.kernels.sublayer import Fp8Sublayers
+from falcon_qlora.kernels.workspace import Workspace
 from falcon_qlora.models.blocks.attention import AttentionKernel
 from falcon_qlora.models.forward import forward_is_replaced, replace_forward, restore_forward
 from falcon_qlora.models.prefix import prefix_of

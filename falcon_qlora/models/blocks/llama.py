@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from falcon_qlora.kernels.frozen_linear import Adapter, Projection, Workspace, project
+from falcon_qlora.kernels.frozen_linear import Adapter, Projection, project
 from falcon_qlora.kernels.mixers import RotatedAttention, SwiGlu
 from falcon_qlora.kernels.sublayer import Fp8Sublayers, RmsNorm, Sublayer, Sublayers, run_sublayers
+from falcon_qlora.kernels.workspace import Workspace
 from falcon_qlora.models.blocks.attention import PackedAttention, PrefixedAttention
 from falcon_qlora.models.blocks.fast_block import (
     BlockFacts,
