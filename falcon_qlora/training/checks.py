@@ -30,6 +30,7 @@ from falcon_qlora.processes.command_clock import command_words
 from falcon_qlora.run_folder.directory import RunDirectory
 from falcon_qlora.run_folder.environment import versions, without_secrets
 from falcon_qlora.training.answers import Answers
+from falcon_qlora.training.kernel_check import Distance
 from falcon_qlora.training.leak_probe import LeakProbe
 from falcon_qlora.training.trainer import FalconTrainer
 
@@ -50,6 +51,7 @@ class Facts:
         unquantized: linears of the blocks that are not stored as the settings say; none for 16bit.
         adapted: linears of the blocks under which something is trained.
         answers: since the last start.
+        kernels: the fast path beside the model's own forward; or why they were not compared.
         leak_probe: of the first documents; or why there was none.
         versions: of Python, the packages and the GPU's driver.
     """
@@ -58,6 +60,7 @@ class Facts:
     unquantized: list[str]
     adapted: list[str]
     answers: Answers
+    kernels: Distance | str
     leak_probe: LeakProbe | str
     versions: dict[str, str]
 
@@ -78,6 +81,7 @@ def facts(trainer: FalconTrainer, mode: QuantizeMode) -> Facts:
             name for name, linear in linears.items() if any(p.requires_grad for p in linear.parameters())
         ],
         answers=trainer.answers,
+        kernels=trainer.kernel_check,
         leak_probe=trainer.leak_probe,
         versions=versions(),
     )
@@ -121,6 +125,7 @@ def collect(
         "quantized": _quantized(everyone, model, mode),
         "adapter_coverage": _coverage(everyone, model),
         "end_token": _end_token([each.answers for each in everyone], appended=end_token_appended),
+        "kernels": _kernels([each.kernels for each in everyone]),
         "packing": _packing([each.leak_probe for each in everyone]),
         "ranks": _ranks(everyone, replicas),
         "reopened": _reopened(reopened),
@@ -135,7 +140,13 @@ def collect(
 
 def told_in_lines(checks: Mapping[str, Check]) -> list[str]:
     """The checks in a few lines for the terminal: what failed, what passed in pairs, what was not checked."""
-    lines = ("quantized adapter_coverage", "end_token packing", "ranks reopened", "memory clock", "data")
+    lines = (
+        "quantized adapter_coverage",
+        "end_token packing",
+        "kernels ranks reopened",
+        "memory clock",
+        "data",
+    )
     told = [line(each) for each in checks.values() if each["state"] == "failed"]
     for names in lines:
         of_line = [checks[name] for name in names.split()]
@@ -211,6 +222,15 @@ def _end_token(everyone: list[Answers], *, appended: bool) -> Check:
     if not appended:
         return {"state": "recorded", "told": f"{told} (--append_end_token false)", **figures}
     return _check(ended + cut == answers, told, **figures)
+
+
+def _kernels(everyone: list[Distance | str]) -> Check:
+    compared = [each for each in everyone if isinstance(each, Distance)]
+    if not compared:
+        return _not_checked(f"kernels ({everyone[0]})")
+    worst = max(compared, key=lambda each: each.gradients)
+    told = f"gradients of fast blocks within {worst.gradients:.1g} of the model's own"
+    return _check(all(each.passed for each in compared), told, **asdict(worst), ranks=len(compared))
 
 
 def _packing(everyone: list[LeakProbe | str]) -> Check:

@@ -66,6 +66,7 @@ def _train(configuration: Configuration, lock: RunLock, began: float, trial: Dry
         from falcon_qlora.training.alike import check_alike
         from falcon_qlora.training.base import check_base
         from falcon_qlora.training.disk import check_disk, waiting_saves
+        from falcon_qlora.training.kernel_check import check_kernels
         from falcon_qlora.training.same_run import check_data, compared_settings
         from falcon_qlora.training.sharding import shard_if_wanted, shares_out_base, ways_to_take_less
 
@@ -162,6 +163,7 @@ def _train(configuration: Configuration, lock: RunLock, began: float, trial: Dry
             trial.try_parts(trainer)
         with phase("first_step", "preparing the first step"):
             warm_up(trainer, functools.partial(ways_to_take_less, configuration))
+            trainer.kernel_check = agreement.done_by_all(lambda: check_kernels(model, trainer.args.device))
         start.trackers.start(
             directory=directory,
             config=configuration.resolved(),

@@ -43,6 +43,7 @@ from falcon_qlora.training import leak_probe
 from falcon_qlora.training.answers import Answers
 from falcon_qlora.training.batch_tokens import Cutter
 from falcon_qlora.training.callbacks import StepKeeper
+from falcon_qlora.training.kernel_check import Distance
 from falcon_qlora.training.loop_state import Resumption, load_optimizer, moment_of
 from falcon_qlora.training.moved import footprint
 from falcon_qlora.training.schedule import schedule
@@ -109,7 +110,8 @@ class FalconTrainer(SFTTrainer):
         self._shares: Iterator[Share]
         self._ahead: Future[Share | None] | None = None
         self.account: dict[str, Any] | None = None  # of the last step's share
-        # Of this start's first documents and of its answers, for the summary's checks.
+        # Of this start: its kernels, its first documents and its answers, for the summary's checks.
+        self.kernel_check: Distance | str = "no step was left"
         self.leak_probe: leak_probe.LeakProbe | str = "no step was left"
         self.answers = Answers(tokenizer.eos_token_id, max_length)
         self._max_grad_norm = max_grad_norm

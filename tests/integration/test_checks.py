@@ -25,8 +25,8 @@ SETTINGS = (
     "--save_strategy no --overlong truncate"
 ).split()
 KEYS = (
-    "quantized adapter_coverage end_token packing ranks reopened memory clock data versions fingerprints "
-    "command"
+    "quantized adapter_coverage end_token kernels packing ranks reopened memory clock data versions "
+    "fingerprints command"
 ).split()
 # Rank 1 alone has another version: elsewhere replicas would differ, which ends a run.
 FAULTS = [{"do": name} for name in "unquantized unadapted endless leak lost twice peak rebased".split()]
@@ -64,7 +64,9 @@ def test_what_two_ranks_prove_and_inspect_tells(work: Processes, capsys: Any) ->
     assert (checks["adapter_coverage"]["found"], checks["adapter_coverage"]["weights"]) == (20, 1)
     assert checks["end_token"]["share"] == 1
     assert checks["packing"]["moved"] == 0
-    assert checks["packing"]["ranks"] == 2
+    assert checks["packing"]["ranks"] == checks["kernels"]["ranks"] == 2
+    assert checks["kernels"]["gradients"] < 1e-5
+    assert re.search(r"gradients of fast blocks within \S+ of the model's own", told)
     assert checks["reopened"]["by"] == "plain PEFT"
     assert checks["reopened"]["logits"] > 10_000
     assert checks["reopened"]["difference"] == 0
@@ -89,6 +91,7 @@ def test_each_check_fails_where_its_fault_is_put_in(work: Processes, capsys: Any
     states = {name: check["state"] for name, check in checks.items()}
     assert states.pop("command") == "recorded"
     assert (states.pop("ranks"), states.pop("reopened")) == ("passed", "passed")  # their faults end a run
+    assert states.pop("kernels") == "not checked"  # so does its, and there are none
     assert set(states.values()) == {"failed"}, checks
     words = {
         "quantized": "19 of 20 linears",
@@ -108,6 +111,16 @@ def test_each_check_fails_where_its_fault_is_put_in(work: Processes, capsys: Any
     assert "FAILED: the base's files changed" in inspect(work.folder / "bad", capsys)
 
 
+@pytest.mark.slow
+def test_no_run_begins_with_wrong_kernels(work: Processes) -> None:
+    fault = {"do": "kernel", "rank": 1}
+    status, _, errors = interrupted.run(work, "--output_dir", "wrong", settings=SETTINGS, faults=[fault])
+    assert status == 2
+    (line,) = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert re.search(r"error: .*the fast path differs from the model's own: a loss of .* --kernels off", line)
+    assert not (work.folder / "wrong").exists()
+
+
 def test_what_was_not_checked_or_failed_stands_apart_from_what_passed() -> None:
     found = {name: {"state": "passed", "told": name} for name in KEYS}
     found["ranks"] = found["memory"] = {"state": "not checked", "told": "why not"}
@@ -117,7 +130,7 @@ def test_what_was_not_checked_or_failed_stands_apart_from_what_passed() -> None:
         "FAILED: versions",
         "quantized · adapter_coverage",
         "packing",
-        "reopened",
+        "kernels · reopened",
         "clock",
         "data",
         "not checked: why not; why not",
