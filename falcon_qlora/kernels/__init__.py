@@ -14,9 +14,10 @@ Letters of shapes in the whole package, except in `ssd`, which has its own:
 
 From the bottom up: `ops`, `fp8`, `dropout`, `prefix`, `scale_shift` and `ssd_ops` hold each operation's plain
 form, its reference, and choose between it and Triton's form, which has a file of its own. `ssd_ops`' plain
-forms, of a state space, are in `ssd`. `frozen_linear` multiplies by frozen weights with LoRA, which `workspace` has memory for. `block` is a
-whole block whose attention and feed-forward layer are parallel, with the products of `dequantized`,
-`fp8_block` or `scaled_products`; the first two take GELU into products of an optional library, with
-`gelu_products` and `fp8_gelu_products`. `sublayer` is one where they follow each other, with the products of
-`frozen_linear` or `fp8_groups`; `mixers` has what is between them. `cross_entropy` is the head.
+forms, of a state space, are in `ssd`. `frozen_linear` multiplies by frozen weights with LoRA; they are
+dequantized into memory of `workspace`. `block` is a whole block whose attention and feed-forward layer are
+parallel, with the products of `dequantized`, `fp8_block` or `scaled_products`; the first two take GELU into
+products of an optional library, with `gelu_products` and `fp8_gelu_products`. `sublayer` is one where they
+follow each other, with the products of `frozen_linear` or `fp8_groups`; `mixers` has what is between them.
+`cross_entropy` is the head.
 """
