@@ -58,13 +58,14 @@ class DequantizedProducts:
     def _enter_with_gelu(
         self, group: SharedInput, normal: Tensor, output: Tensor, gelu_products: GeluProducts
     ) -> Tensor:
-        weight, low = group.operand(normal)
-        split = group.width - self.block.dense_h_to_4h.out_features
-        if split:
-            torch.mm(normal, weight[:split].T, out=output[:, :split])
+        low, operands = group.one_by_one(normal)
         self._joined = self._room_for_joined(normal)
         after_gelu = self._joined[:, : self.block.dense_4h_to_h.in_features]
-        gelu_products.forward(normal, weight[split:].T, output[:, split:], after_gelu)
+        for (x, weight), columns in zip(operands, group.outputs, strict=True):
+            if columns is group.outputs[-1]:
+                gelu_products.forward(x, weight.T, output[:, columns], after_gelu)
+            else:
+                torch.mm(x, weight.T, out=output[:, columns])
         return low
 
     def parts(self, projected: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -109,11 +110,11 @@ class DequantizedProducts:
         split = self.block.dense_4h_to_h.in_features
         # With dropout LoRA's part is added after the product, and GELU's gradient needs the sum.
         if self.gelu_products is not None and not self.out_of.drops:
-            extended, weight, low_grad = self.out_of.gradient_operands(grad)
+            low_grad, operands = self.out_of.gradient_one_by_one(grad)
             after_gelu = grad.new_empty(grad.shape[0], split)
-            self.gelu_products.backward(extended, weight[:, :split], before_gelu, of_before_gelu, after_gelu)
-            of_attended = torch.mm(extended, weight[:, split:])
-            del extended
+            self.gelu_products.backward(*next(operands), before_gelu, of_before_gelu, after_gelu)
+            of_attended = torch.mm(*next(operands))
+            del operands
         else:
             of_joined, low_grad = self.out_of.input_gradient(grad)
             _, after_gelu = ops.gelu_backward(of_joined[:, :split], before_gelu, of_before_gelu)

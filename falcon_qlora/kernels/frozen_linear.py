@@ -5,7 +5,8 @@ that product: with t = x Aᵀ, ``x Wᵀ + s t Bᵀ`` is ``[x | t] [W | sB]ᵀ``,
 gradient ``dy W + u A`` is ``[dy | u] [W ; A]``. So LoRA needs no pass of its own over a large activation.
 Weights are dequantized for every product, into the same memory, unless there is room to keep them. A group's
 are kept as ``[out + R, in + R]``: forward reads the first rows, with sB at their end, and backward the first
-columns, with A below them.
+columns, with A below them. Where a product computes GELU too, a group's linears are multiplied one by one,
+each with its own LoRA's columns alone.
 
 With dropout, t is computed from the values of x that are kept, and ``u A`` is added to the gradient at those
 values in a separate pass.
@@ -13,7 +14,7 @@ values in a separate pass.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,7 +72,7 @@ class Group:
         self.projections, self.adapters, self.workspace = projections, adapters, workspace
         self.ranks = _spans([projection.rank for projection in projections])
         self.used = self.ranks[-1].stop
-        self.columns = -(-self.used // 8) * 8
+        self.columns = _padded(self.used)
         self.drops = any(each.rank and each.dropout is not None for each in projections)
 
     def _parts(self, weight: Tensor) -> list[Tensor]:
@@ -158,22 +159,9 @@ class SharedInput(Group):
 
     def forward(self, extended: Tensor, out: Tensor) -> Tensor:
         """``[T, H + R]``, of which the first H are the input → outputs ``[T, width]`` into `out`, and t."""
-        weight, low = self.operand(extended)
-        torch.mm(extended, weight.T, out=out)
-        return low
-
-    def operand(self, extended: Tensor) -> tuple[Tensor, Tensor]:
-        """The other factor of `forward`'s product, ``[width, H + R]``, and t, put behind the input too."""
-        x = extended[:, : self.features]
-        low = extended.new_empty(extended.shape[0], self.columns)
+        low = self._low(extended)
         weight = self._frozen(self.width, self.features + self.columns, extended)
         if self.columns:
-            if self.drops:
-                low[:, self.used :] = 0
-                for index in range(len(self.projections)):
-                    self._put_t(index, x, low)
-            else:
-                torch.mm(x, self._put_a(extended.new_empty(self.columns, self.features)).T, out=low)
             extended[:, self.features :] = low
             weight[:, self.features :] = 0
         for index, projection in enumerate(self.projections):
@@ -181,7 +169,42 @@ class SharedInput(Group):
                 start = self.features + self.ranks[index].start
                 part = weight[self.outputs[index], start : start + projection.rank]
                 self._scaled_b(index, extended, part)
-        return weight, low
+        torch.mm(extended, weight.T, out=out)
+        return low
+
+    def one_by_one(self, extended: Tensor) -> tuple[Tensor, Iterator[tuple[Tensor, Tensor]]]:
+        """t, and both factors of each linear's own product, ``[T, H + r]`` and ``[out, H + r]``.
+
+        The t of each takes the place of the one before, so use a pair before the next is asked for.
+        """
+        low = self._low(extended)
+        weight = self._frozen(self.width, self.features + self.columns, extended)
+        return low, self._one_by_one(extended, low, weight)
+
+    def _one_by_one(self, extended: Tensor, low: Tensor, weight: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        for index, (projection, rows) in enumerate(zip(self.projections, self.outputs, strict=True)):
+            end = self.features + projection.rank
+            padded = self.features + _padded(projection.rank)
+            x, own = extended[:, :padded], weight[rows, :padded]
+            if projection.rank:
+                x[:, self.features : end] = low[:, self.ranks[index]]
+                self._scaled_b(index, extended, own[:, self.features : end])
+            if end < padded:
+                x[:, end:] = 0
+                own[:, end:] = 0
+            yield x, own
+
+    def _low(self, extended: Tensor) -> Tensor:
+        """t ``[T, R]``, of ``[T, H + R]``."""
+        x = extended[:, : self.features]
+        low = extended.new_empty(extended.shape[0], self.columns)
+        if self.drops:
+            low[:, self.used :] = 0
+            for index in range(len(self.projections)):
+                self._put_t(index, x, low)
+        elif self.columns:
+            torch.mm(x, self._put_a(extended.new_empty(self.columns, self.features)).T, out=low)
+        return low
 
     def adapter_gradients(self, extended: Tensor, low: Tensor, x: Tensor) -> list[Tensor | None]:
         """The gradients of each A and B. Puts u, which `input_gradient` needs, behind the outputs' gradient.
@@ -278,31 +301,51 @@ class SharedOutput(Group):
 
     def input_gradient(self, grad: Tensor) -> tuple[Tensor, Tensor]:
         """``[T, H]`` → the inputs' ``[T, features]``, and u ``[T, R]``."""
-        extended, weight, low_grad = self.gradient_operands(grad)
-        of_joined = torch.mm(extended, weight)
+        low_grad = self._low_grad(grad)
         if self.drops:
+            of_joined = torch.mm(grad, self._frozen(self.width, self.features, grad))
             for index, inputs in enumerate(self.inputs):
                 self._add_low_rank(index, of_joined[:, inputs], low_grad)
-        return of_joined, low_grad
-
-    def gradient_operands(self, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Both factors of `input_gradient`'s product, ``[T, H + R]`` and ``[H + R, features]``, and u.
-
-        With dropout without the R columns and rows: LoRA's part is then added separately.
-        """
+            return of_joined, low_grad
         extended = _with_room(grad, self.columns)
         weight = self._frozen(self.width + self.columns, self.features, grad)
         if self.columns:
-            b = grad.new_zeros(self.width, self.columns)
-            for index, projection in enumerate(self.projections):
-                if projection.rank:
-                    self._scaled_b(index, grad, b[:, self.ranks[index]])
-            torch.mm(grad, b, out=extended[:, self.width :])
+            extended[:, self.width :] = low_grad
             self._put_a(weight[self.width :], self.inputs)
-        low_grad = extended[:, self.width :].contiguous()
-        if self.drops:
-            return extended[:, : self.width], weight[: self.width], low_grad
-        return extended, weight, low_grad
+        return torch.mm(extended, weight), low_grad
+
+    def gradient_one_by_one(self, grad: Tensor) -> tuple[Tensor, Iterator[tuple[Tensor, Tensor]]]:
+        """u ``[T, R]``, and both factors of each linear's own product, ``[T, H + r]`` and ``[H + r, in]``.
+
+        For LoRA without dropout. As with `SharedInput.one_by_one`, use a pair before the next is asked for.
+        """
+        low_grad = self._low_grad(grad)
+        weight = self._frozen(self.width + self.columns, self.features, grad)
+        return low_grad, self._gradient_one_by_one(_with_room(grad, self.columns), low_grad, weight)
+
+    def _gradient_one_by_one(
+        self, extended: Tensor, low_grad: Tensor, weight: Tensor
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        for index, ((a, _), inputs) in enumerate(zip(self.adapters, self.inputs, strict=True)):
+            rank = self.ranks[index]
+            end = self.width + rank.stop - rank.start
+            padded = self.width + _padded(end - self.width)
+            of_output, own = extended[:, :padded], weight[:padded, inputs]
+            if a is not None:
+                of_output[:, self.width : end] = low_grad[:, rank]
+                own[self.width : end] = a
+            if end < padded:
+                of_output[:, end:] = 0
+                own[end:] = 0
+            yield of_output, own
+
+    def _low_grad(self, grad: Tensor) -> Tensor:
+        """u ``[T, R]``, of ``[T, H]``."""
+        b = grad.new_zeros(self.width, self.columns)
+        for index, projection in enumerate(self.projections):
+            if projection.rank:
+                self._scaled_b(index, grad, b[:, self.ranks[index]])
+        return torch.mm(grad, b)
 
     def adapter_gradients(
         self, grad: Tensor, low_grad: Tensor, low: Tensor, inputs: Sequence[Tensor]
@@ -384,6 +427,11 @@ def _with_room(x: Tensor, columns: int) -> Tensor:
     extended = x.new_empty(tokens, row)
     ops.copy_rows(x, extended[:, :width])
     return extended
+
+
+def _padded(rank: int) -> int:
+    """To a multiple of 8, for the matrix units."""
+    return -(-rank // 8) * 8
 
 
 def _spans(sizes: Sequence[int]) -> list[slice]:

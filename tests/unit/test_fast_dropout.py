@@ -144,5 +144,5 @@ def test_products_that_compute_gelu_are_used_forward_alone(drawn, monkeypatch):
     assert "GELU: in products forward, PyTorch backward" in next(iter(report.values()))
     arguments = packed(documents(LENGTHS))
     ours = step(model, arguments)
-    assert products.calls == 2
+    assert len(products.columns) == 2
     assert_same(ours, step(with_dropout(plain, drawn), arguments))

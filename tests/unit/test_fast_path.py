@@ -235,30 +235,37 @@ class GeluProductsInPyTorch(GeluProducts):
 
     def __init__(self):
         super().__init__(None, None)
-        self.calls = 0
+        self.columns = []
 
     def forward(self, x, weight, before, after):
-        self.calls += 1
+        self.columns.append(x.shape[1])
         before.copy_(x @ weight)
         after.copy_(torch.nn.functional.gelu(before))
 
     def backward(self, grad, weight, before, of_before, after):
-        self.calls += 1
+        self.columns.append(grad.shape[1])
         of_before.copy_(torch.ops.aten.gelu_backward(grad @ weight, before))
         after.copy_(torch.nn.functional.gelu(before))
 
 
 @pytest.mark.parametrize("targets", [[*Falcon.linears], ["dense_4h_to_h", "query_key_value"]], ids="-".join)
+@pytest.mark.parametrize("r", [4, 8, 12])
 @pytest.mark.parametrize("layout", ["falcon-7b", "falcon-40b"])
-def test_gelu_in_the_epilogues_of_products(layout, targets, monkeypatch):
-    model = adapted(layout, "4bit", target_modules=targets)
+def test_gelu_in_the_epilogues_of_products(layout, r, targets, monkeypatch):
+    model = adapted(layout, "4bit", r=r, target_modules=targets)
     arguments = packed(documents(LENGTHS))
     reference = step(model, arguments)
     products = GeluProductsInPyTorch()
     monkeypatch.setattr(fast_path, "_gelu_products", lambda falcon: Loaded(products))
     apply_fast_path(model)
     assert_same(step(model, arguments), reference)
-    assert products.calls == 4
+    # Of LoRA each product has the columns of its own linear alone.
+    hidden, padded = model.config.hidden_size, -(-r // 8) * 8
+    before_gelu = hidden + (padded if "dense_h_to_4h" in targets else 0)
+    assert products.columns == 2 * [before_gelu] + 2 * [hidden + padded]
+    keep_dequantized_weights(model, 2**30)
+    for _ in range(2):
+        assert_same(step(model, arguments), reference)
 
 
 @pytest.mark.parametrize(
