@@ -99,6 +99,7 @@ class Bench:
         pace: how long to measure.
         device: where to measure.
         log: the GPU's clock and power.
+        revision: of a model on the hub.
 
     Attributes:
         interrupted: whether `run` was interrupted.
@@ -110,9 +111,10 @@ class Bench:
     pace: Pace
     device: torch.device
     log: GpuLog
+    revision: str | None = None
 
     def __post_init__(self) -> None:
-        self.config = open_checkpoint(self.model).config
+        self.config = open_checkpoint(self.model, revision=self.revision).config
         self._deadline = time.perf_counter() + 60 * self.pace.minutes
         self._bases: dict[str, Any] = {}
         self._base_bytes: dict[str, int] = {}
@@ -191,6 +193,7 @@ class Bench:
             quantize_mode=variant.quantize_mode,
             device=self.device,
             compute_dtype="bf16",
+            revision=self.revision,
             seed=self.settings.seed,
         )
 

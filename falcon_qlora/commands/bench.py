@@ -219,7 +219,15 @@ def _bench(
     ceilings: dict[tuple[str, str], float | None] = {}
     try:
         for model, rows in planned.items():
-            bench = Bench(model, rows, settings=settings, pace=pace, device=device, log=log)
+            bench = Bench(
+                model,
+                rows,
+                settings=settings,
+                pace=pace,
+                device=device,
+                log=log,
+                revision=configuration.model.model_revision,
+            )
             for dtype in {variant.compute_dtype for variant in variants}:
                 ceiling = product_ceiling(device, bench.config.hidden_size, sizes[0], dtype)
                 ceilings[model, dtype] = ceiling
@@ -260,7 +268,7 @@ def _rows(
     from falcon_qlora.training import rows
 
     length, seed = configuration.data.max_length, configuration.run.seed
-    checkpoint = open_checkpoint(model)
+    checkpoint = open_checkpoint(model, revision=configuration.model.model_revision)
     config, stored = checkpoint.config, checkpoint.scheme
     others = [variant.name for variant in variants if stored and variant.quantize_mode != stored.mode]
     if stored and others:

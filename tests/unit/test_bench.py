@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from falcon_qlora.__main__ import main
-from falcon_qlora.bench import devices, runners
+from falcon_qlora.bench import devices, measure, runners
 from falcon_qlora.bench.documents import made_up, same_rows
 from falcon_qlora.bench.machine import Machine
 from falcon_qlora.bench.measure import Result
@@ -21,6 +23,7 @@ from falcon_qlora.bench.runners import Settings, build
 from falcon_qlora.bench.tables import ratio_interval, rows_of_steps, speed_over_memory, steps_in_markdown
 from falcon_qlora.bench.variants import VARIANTS
 from falcon_qlora.common.quantities import GIB
+from falcon_qlora.models import locate
 from falcon_qlora.models.layouts import layout_of
 from falcon_qlora.models.load import load_model
 from falcon_qlora.models.locate import open_checkpoint
@@ -216,6 +219,26 @@ def test_variants_of_another_storage_than_the_models_are_refused(
         f"--variants ours,reference: {tmp_path} is stored in 8bit; measure variants of that, such as ours-8"
     )
     assert told in capsys.readouterr().err
+
+
+def test_the_revision_that_is_named_is_measured(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    opened = []
+
+    def of_hub(real: Callable[..., Any]) -> Callable[..., Any]:
+        def found(name: str, *, revision: str | None = None, **named: Any) -> Any:
+            opened.append((real.__name__, name, revision))
+            return real("tiny", **named)
+
+        return found
+
+    for module, name in ((locate, "open_checkpoint"), (measure, "open_checkpoint"), (measure, "load_model")):
+        monkeypatch.setattr(module, name, of_hub(getattr(module, name)))
+    flags = ("-m", "somebody/falcon", "--model_revision", "first", "--variants", "reference", *SHORT)
+    assert main(["bench", *flags]) == 0, capsys.readouterr().err
+    assert {revision for *_, revision in opened} == {"first"}
+    assert {name for name, *_ in opened} == {"open_checkpoint", "load_model"}
 
 
 @pytest.mark.slow
