@@ -12,6 +12,7 @@
 {"do": "alpha"}                 a saved adapter has another scale
 {"do": "gone", "rank": 1}       the data's file is not there
 {"do": "kernel", "rank": 1}     GELU gives more than it should
+{"do": "compiled"}              kernels are compared at the start, as on a GPU
 {"do": "sum", "rank": 1}        an all-reduce gives more than it should
 {"do": "dawdle", "rank": 1}     what a dry run saved is read back two seconds later
 {"do": "blind", "rank": 1}      and then is not there
@@ -40,7 +41,16 @@ from falcon_qlora.models import step_memory
 from falcon_qlora.models.layouts import causal_lm_in, layout_of
 from falcon_qlora.models.quantize import dequantized_weight
 from falcon_qlora.step import loss
-from falcon_qlora.training import activations, batch_tokens, build, checks, estimate, finish, rows
+from falcon_qlora.training import (
+    activations,
+    batch_tokens,
+    build,
+    checks,
+    estimate,
+    finish,
+    kernel_check,
+    rows,
+)
 from falcon_qlora.training.cards import Card
 from falcon_qlora.training.throughput import peak_memory_gib
 
@@ -171,6 +181,10 @@ def _kernel() -> None:
     ops.gelu = lambda *given, **named: gelu(*given, **named).mul_(-4)  # type: ignore[assignment]
 
 
+def _compiled() -> None:
+    kernel_check.is_compiled_for = lambda device: True
+
+
 def _sum() -> None:
     add_up = dist.all_reduce
 
@@ -214,6 +228,7 @@ _FAULTS: dict[str, Callable[[], None]] = {
     "alpha": _alpha,
     "gone": _gone,
     "kernel": _kernel,
+    "compiled": _compiled,
     "sum": _sum,
     "dawdle": _dawdle,
     "blind": lambda: _dawdle(then_fails=True),

@@ -54,7 +54,7 @@ def inspect(folder: Path, capsys: Any, *words: str) -> str:
 
 @pytest.mark.slow
 def test_what_two_ranks_prove_and_inspect_tells(work: Processes, capsys: Any) -> None:
-    told, checks = run(work, "good")
+    told, checks = run(work, "good", faults=[{"do": "compiled"}])
     assert list(checks) == KEYS
     states = {name: check["state"] for name, check in checks.items()}
     assert states.pop("memory") == "not checked"  # nothing is predicted on the CPU
@@ -113,8 +113,8 @@ def test_each_check_fails_where_its_fault_is_put_in(work: Processes, capsys: Any
 
 @pytest.mark.slow
 def test_no_run_begins_with_wrong_kernels(work: Processes) -> None:
-    fault = {"do": "kernel", "rank": 1}
-    status, _, errors = interrupted.run(work, "--output_dir", "wrong", settings=SETTINGS, faults=[fault])
+    faults = [{"do": "compiled"}, {"do": "kernel", "rank": 1}]
+    status, _, errors = interrupted.run(work, "--output_dir", "wrong", settings=SETTINGS, faults=faults)
     assert status == 2
     (line,) = [line for line in errors.splitlines() if line.startswith("error: ")]
     assert re.search(r"error: .*the fast path differs from the model's own: a loss of .* --kernels off", line)

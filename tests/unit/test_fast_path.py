@@ -625,8 +625,15 @@ def test_only_gradients_that_are_needed_are_computed(layout, targets, weights):
     assert len(rows) == weights
 
 
-@pytest.mark.parametrize(("layout", "mode"), [*LAYOUTS_AND_MODES, *SEQUENTIAL_MODES])
-@pytest.mark.parametrize("room", ["for all", "for half", "for none"])
+@pytest.mark.parametrize(
+    ("layout", "mode", "room"),
+    [
+        *((*case, "for all") for case in (*LAYOUTS_AND_MODES, *SEQUENTIAL_MODES)),
+        ("falcon-40b", "4bit", "for half"),
+        ("falcon3", "8bit", "for half"),
+        ("falcon-7b", "4bit", "for none"),
+    ],
+)
 def test_weights_that_are_kept_are_dequantized_once(layout, mode, room, monkeypatch):
     model = adapted(layout, mode)
     vary_norms(model)

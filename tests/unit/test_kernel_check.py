@@ -18,15 +18,24 @@ from falcon_qlora.methods.table import METHODS
 from falcon_qlora.models import fast_path
 from falcon_qlora.models.fast_path import apply_fast_path
 from falcon_qlora.models.forward import enable_packing
+from falcon_qlora.training import kernel_check
 from falcon_qlora.training.kernel_check import Distance, check_kernels
 from tests.layouts import tiny_model, vary_norms
 from tests.unit.test_fast_path import LAYOUTS_AND_MODES, SEQUENTIAL_MODES, adapted
 
 CPU = torch.device("cpu")
+FP8 = ["fp8", "fp8, GELU in products"]
+CASES = [(*case, dtype) for case in (*LAYOUTS_AND_MODES, *SEQUENTIAL_MODES) for dtype in ("auto", "bf16")]
+CASES += [("falcon-7b", "4bit", FP8[1]), ("falcon-40b", "16bit", FP8[0])]
+CASES += [("falcon3", "4bit", FP8[0]), ("falcon-h1", "8bit", FP8[0])]
 
 
-@pytest.mark.parametrize("compute_dtype", ["auto", "bf16", "fp8", "fp8, GELU in products"])
-@pytest.mark.parametrize(("layout", "mode"), [*LAYOUTS_AND_MODES, *SEQUENTIAL_MODES])
+@pytest.fixture(autouse=True)
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel_check, "is_compiled_for", lambda device: True)
+
+
+@pytest.mark.parametrize(("layout", "mode", "compute_dtype"), CASES)
 def test_right_kernels_pass_and_nothing_is_changed(
     layout: str, mode: Any, compute_dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -122,8 +131,12 @@ def test_one_half_of_lora_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         check_kernels(model, CPU)
 
 
-def test_what_runs_on_the_reference_path_is_not_compared() -> None:
-    assert check_kernels(adapted("falcon-7b", "4bit"), CPU) == "the reference path runs"
+def test_what_runs_on_the_reference_path_or_the_cpu_is_not_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapted("falcon-7b", "4bit")
+    assert check_kernels(model, CPU) == "the reference path runs"
+    monkeypatch.undo()
+    apply_fast_path(model)
+    assert check_kernels(model, CPU) == "PyTorch's own, on the CPU"
 
 
 def test_a_model_whose_own_loss_is_not_finite_is_not_the_kernels_fault() -> None:
