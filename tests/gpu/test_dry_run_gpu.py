@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -24,3 +25,13 @@ def test_the_kernels_of_a_run_are_like_their_references(
     print(told)
     assert "in Triton like their references" in told
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("compute_dtype", ["auto", "fp8"])
+def test_so_does_every_start(tmp_path: Path, compute_dtype: str) -> None:
+    flags = "-m tiny --dataset_name sample --report_to none --gpus 1 -b 2 --max_steps 1".split()
+    flags += ["--output_dir", str(tmp_path / "r"), "--compute_dtype", compute_dtype]
+    assert cli.main(["train", *flags]) == 0
+    check = json.loads((tmp_path / "r/summary.json").read_text())["checks"]["kernels"]
+    assert check["state"] == "passed"
+    assert 0 < check["gradients"] < (0.3 if compute_dtype == "fp8" else 0.1)
