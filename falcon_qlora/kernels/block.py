@@ -9,7 +9,7 @@ norms of x or the same one.
 Kept for the backward pass: x, the outputs of query_key_value (rotated) and h_to_4h, attention's output and
 statistics, and LoRA's t; less if `Block.keep` says so. Norms and GELU are always recomputed. The last product
 is not: no gradient needs its output, except with learned scales, where it takes the place of t. Weights are
-dequantized again too, each time into the same memory.
+dequantized again too, unless they are kept.
 """
 
 from __future__ import annotations

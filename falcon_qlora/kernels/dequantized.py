@@ -2,7 +2,7 @@
 
 Products are few and large, see `frozen_linear`. With one norm, query_key_value and h_to_4h are one product;
 dense and 4h_to_h always are, with the block's input as addend. Weights are dequantized for every product,
-each time into the same memory. With `GeluProducts`, h_to_4h's product forward and 4h_to_h's backward are
+unless they are kept. With `GeluProducts`, h_to_4h's product forward and 4h_to_h's backward are
 separate ones that compute GELU in their epilogues.
 """
 

@@ -3,8 +3,8 @@
 Linears that share their input are one product, and so are those whose outputs are added. LoRA is part of
 that product: with t = x Aᵀ, ``x Wᵀ + s t Bᵀ`` is ``[x | t] [W | sB]ᵀ``, and with u = s dy B, the input's
 gradient ``dy W + u A`` is ``[dy | u] [W ; A]``. So LoRA needs no pass of its own over a large activation.
-Weights are dequantized for every product, into the same memory, unless there is room to keep them. A group's
-are kept as ``[out + R, in + R]``: forward reads the first rows, with sB at their end, and backward the first
+Weights are dequantized for every product, into the same memory, or kept (`Workspace.keep`): those of a group
+as ``[out + R, in + R]``, of which forward reads the first rows, with sB at their end, and backward the first
 columns, with A below them. Where a product computes GELU too, a group's linears are multiplied one by one,
 each with its own LoRA's columns alone.
 

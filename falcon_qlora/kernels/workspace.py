@@ -13,7 +13,7 @@ class Workspace:
     """Memory for dequantized weights: one group's, reused by every product of every block, and those kept.
 
     Attributes:
-        room: bytes that `keep` may still take.
+        room: bytes that `keep` may still take; none are given back.
     """
 
     def __init__(self) -> None:

@@ -164,7 +164,8 @@ class DryRun:
             batch = largest_micro_batch(trainer)
             if batch is None:
                 batch = next(share for share in iter(trainer.steps) if share is not None).micro_batches[0]
-            self._rows.append(("kernels", compare_kernels(trainer.model, batch, device)))
+            chosen = self._configuration.model.kernels
+            self._rows.append(("kernels", compare_kernels(trainer.model, batch, device, chosen)))
         agreement.wait_for_all()
         phases.now = "first step"
 

@@ -163,7 +163,8 @@ def _train(configuration: Configuration, lock: RunLock, began: float, trial: Dry
             trial.try_parts(trainer)
         with phase("first_step", "preparing the first step"):
             warm_up(trainer, functools.partial(ways_to_take_less, configuration))
-            trainer.kernel_check = agreement.done_by_all(lambda: check_kernels(model, trainer.args.device))
+            device = trainer.args.device
+            trainer.kernel_check = agreement.done_by_all(lambda: check_kernels(model, device, base.kernels))
         start.trackers.start(
             directory=directory,
             config=configuration.resolved(),

@@ -11,6 +11,7 @@ import torch
 
 from falcon_qlora.common.errors import UserError
 from falcon_qlora.kernels import fp8, frozen_linear
+from falcon_qlora.kernels.block import Block
 from falcon_qlora.kernels.fp8_gelu_products import PLAIN
 from falcon_qlora.kernels.frozen_linear import SharedOutput
 from falcon_qlora.kernels.libraries import Loaded
@@ -19,7 +20,7 @@ from falcon_qlora.models import fast_path
 from falcon_qlora.models.fast_path import apply_fast_path
 from falcon_qlora.models.forward import enable_packing
 from falcon_qlora.training import kernel_check
-from falcon_qlora.training.kernel_check import Distance, check_kernels
+from falcon_qlora.training.kernel_check import _NOISES, Distance, check_kernels
 from tests.layouts import tiny_model, vary_norms
 from tests.unit.test_fast_path import LAYOUTS_AND_MODES, SEQUENTIAL_MODES, adapted
 
@@ -51,7 +52,8 @@ def test_right_kernels_pass_and_nothing_is_changed(
         found = check_kernels(model.train(), CPU)
     assert isinstance(found, Distance)
     limit = 0.3 if in_fp8 else 0.1 if compute_dtype == "bf16" or mode == "8bit" else 1e-5
-    assert 0 <= found.gradients < limit < found.limit + 0.1
+    assert found.noise == (0, 0)
+    assert 0 <= found.gradients < limit < found.limit
     assert found.of_worst < 0.4
     assert model.training
     assert torch.equal(torch.get_rng_state(), states)
@@ -119,8 +121,43 @@ def test_low_parts_that_a_compiler_gets_wrong_are_refused(monkeypatch: pytest.Mo
     model = adapted("falcon-7b", "4bit", r=16, compute_dtype="bf16")
     with fp8.emulated():
         apply_fast_path(model, fp8_products=True)
-        with pytest.raises(UserError, match="--compute_dtype auto --kernels off"):
+        ways = "Give --kernels portable, which leaves optional libraries out; or --compute_dtype auto; or "
+        with pytest.raises(UserError, match=ways):
             check_kernels(model, CPU)
+        ways = "Give --compute_dtype auto; or --compute_dtype auto --kernels off; and report it"
+        with pytest.raises(UserError, match=ways):
+            check_kernels(model, CPU, "portable")
+
+
+@pytest.mark.parametrize(
+    ("layout", "compute_dtype", "sharper"), [("falcon-7b", "bf16", 2), ("falcon3", "fp8", 2)]
+)
+def test_sharp_attention_in_which_rounding_is_large_is_not_refused_and_faults_are(
+    layout: str, compute_dtype: str, sharper: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = adapted(layout, "16bit", r=16, compute_dtype="bf16")
+    scaled = ("query_key_value", "q_proj", "k_proj")
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith("weight") and any(each in name for each in scaled) and "lora" not in name:
+                weight *= sharper
+    with fp8.emulated():
+        apply_fast_path(model, fp8_products=compute_dtype == "fp8")
+        found = check_kernels(model, CPU)
+        assert isinstance(found, Distance)
+        assert found.limit < found.gradients < _NOISES * found.noise[0] < 4
+        right = frozen_linear.mm_float32
+        monkeypatch.setattr(frozen_linear, "mm_float32", lambda a, b: 40_000 * right(a, b))
+        with pytest.raises(UserError, match="rounding alone: 0"):
+            check_kernels(model, CPU)
+
+
+def test_the_last_block_computes_few_rows_as_in_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapted("falcon-7b", "4bit")
+    apply_fast_path(model)
+    monkeypatch.setattr(Block, "wanted", lambda self, x: x if self.rows is None else 0 * x[self.rows])
+    with pytest.raises(UserError, match="differs"):
+        check_kernels(model, CPU)
 
 
 def test_one_half_of_lora_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
