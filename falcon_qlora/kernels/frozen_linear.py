@@ -80,7 +80,7 @@ class Group:
         raise NotImplementedError
 
     def _frozen(self, rows: int, columns: int, like: Tensor) -> Tensor:
-        """``[rows, columns]``; the frozen weights in its first rows and columns, nothing beside them."""
+        """``[rows, columns]``; the frozen weights in its first rows and columns, beside them anything."""
         weights = [projection.layer.weight for projection in self.projections]
         shape = self.width + self.columns, self.features + self.columns
         memory = self.workspace.keep(weights, *shape, like, self._dequantize)
@@ -326,13 +326,12 @@ class SharedOutput(Group):
     def _gradient_one_by_one(
         self, extended: Tensor, low_grad: Tensor, weight: Tensor
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        for index, ((a, _), inputs) in enumerate(zip(self.adapters, self.inputs, strict=True)):
-            rank = self.ranks[index]
-            end = self.width + rank.stop - rank.start
-            padded = self.width + _padded(end - self.width)
+        for index, (projection, inputs) in enumerate(zip(self.projections, self.inputs, strict=True)):
+            end = self.width + projection.rank
+            padded = self.width + _padded(projection.rank)
             of_output, own = extended[:, :padded], weight[:padded, inputs]
-            if a is not None:
-                of_output[:, self.width : end] = low_grad[:, rank]
+            if (a := self.adapters[index][0]) is not None:
+                of_output[:, self.width : end] = low_grad[:, self.ranks[index]]
                 own[self.width : end] = a
             if end < padded:
                 of_output[:, end:] = 0

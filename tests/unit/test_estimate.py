@@ -64,7 +64,7 @@ def rows(tmp_path: Path) -> Path:
     ],
 )
 def test_it_takes_no_torch_no_hub_and_little_more_than_its_libraries(words: str) -> None:
-    """On two slow cores its libraries, tables and a tokenizer, take 1.6 seconds and all of it 2."""
+    """On two slow cores its libraries, tables and a tokenizer, take 1.8 seconds and all of it 2."""
     estimate = (
         "import sys, time; import socket; socket.socket.connect = None; "
         "from falcon_qlora.__main__ import main; "
